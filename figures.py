@@ -1,0 +1,138 @@
+"""Figures of answers: an image beside its class activation map, and the overview of a folder.
+
+matplotlib takes a second to import, so it waits until the first figure is asked for.
+"""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data_utils import code_point, written_aside
+
+# Fonts with all 3755 characters, commonest first; any other font that has them is found after these.
+_CJK_FONTS = [
+    *('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Microsoft YaHei', 'SimHei', 'SimSun'),
+    *('PingFang SC', 'Hiragino Sans GB', 'STHeiti', 'Songti SC', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei'),
+    *('Noto Sans CJK JP', 'Noto Serif CJK SC', 'Arial Unicode MS', 'LXGW WenKai', 'AR PL UMing CN', 'AR PL UKai CN'),
+]
+
+_OVERVIEW_COLUMNS = 8
+OVERVIEW_SIZE = 12 * _OVERVIEW_COLUMNS
+
+
+@functools.cache
+def cjk_font():
+    """Return a `matplotlib.font_manager.FontProperties` of a font with simplified Chinese, or None.
+
+    Fonts known by name are tried first, then every font on the system.
+    """
+    from matplotlib import font_manager
+
+    fonts = sorted(
+        font_manager.fontManager.ttflist,
+        key=lambda font: _CJK_FONTS.index(font.name) if font.name in _CJK_FONTS else len(_CJK_FONTS),
+    )
+    tried = set()
+    for font in fonts:
+        if font.fname not in tried and _has_characters(font.fname):
+            return font_manager.FontProperties(fname=font.fname)
+        tried.add(font.fname)
+    return None
+
+
+def _has_characters(path: str, sample: str = '啊鲍龟座镊') -> bool:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        characters = FT2Font(path).get_charmap()
+    except (OSError, RuntimeError):  # an unreadable or broken font file
+        return False
+    return all(ord(character) in characters for character in sample)
+
+
+def shown(character: str) -> str:
+    """Return a character as a figure can show it: itself, or `'U+9C8D'` where no font has it."""
+    return character if cjk_font() else code_point(character)
+
+
+def answer_figure(image: np.ndarray, network_input: np.ndarray, activation_map: np.ndarray, character: str):
+    """Draw the original's figure of one answer: the image, and what the network saw where.
+
+    Args:
+        image: uint8 array of shape `(height, width)` or `(height, width, 3)`.
+        network_input: uint8 array of shape `(96, 96)`, ink bright on 0.
+        activation_map: float array of shape `(96, 96)`.
+        character: The answer.
+
+    Returns:
+        A `matplotlib.figure.Figure`, for `save` or `show`.
+    """
+    figure = _new_figure((8, 4))
+    left, right = figure.subplots(1, 2)
+    left.imshow(image, cmap='gray', vmin=0, vmax=255)
+    left.set_title(f'prediction: {shown(character)}', font=cjk_font())
+    right.imshow(network_input, cmap='gray', alpha=0.7)
+    right.imshow(activation_map, cmap='jet', alpha=0.6)
+    right.set_title('class activation map')
+    for axes in (left, right):
+        axes.set_axis_off()
+    return figure
+
+
+def overview_figure(entries: list[tuple[np.ndarray | None, str, str]]):
+    """Draw the overview of a folder: thumbnail, character with confidence, and file name of each image.
+
+    Args:
+        entries: `(image, title, caption)` of at most `OVERVIEW_SIZE` images; the image is None where it could not be
+            read.
+
+    Returns:
+        A `matplotlib.figure.Figure`, for `save` or `show`.
+    """
+    columns = min(_OVERVIEW_COLUMNS, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = _new_figure((1.6 * columns, 2.0 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (image, title, caption) in zip(grid.flat, entries, strict=False):
+        if image is not None:
+            axes.imshow(image, cmap='gray', vmin=0, vmax=255)
+        axes.set_title(title, font=cjk_font(), fontsize=12)
+        axes.text(0.5, -0.04, caption, font=cjk_font(), fontsize=6, ha='center', va='top', transform=axes.transAxes)
+    return figure
+
+
+def save(figure, path: Path) -> None:
+    """Save a figure as PNG, written aside and renamed.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format='png', dpi=100)
+
+
+def show(figures: Iterable) -> None:
+    """Show figures in windows, and return when the user has closed them."""
+    from matplotlib import pyplot
+
+    for figure in figures:
+        # A figure made without pyplot gets its window from pyplot's manager.
+        window = pyplot.figure()
+        manager = window.canvas.manager
+        manager.canvas.figure = figure
+        figure.set_canvas(manager.canvas)
+    pyplot.show()
+    pyplot.close('all')
+
+
+def _new_figure(inches: tuple[float, float]):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, layout='constrained')

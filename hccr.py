@@ -1,0 +1,281 @@
+"""The recogniser: images → network input → probabilities → candidates.
+
+Everything that recognises goes through `HCCR`: the dialogue, the command line and the evaluation.
+
+    from hccr import HCCR
+    for reading in HCCR().read(['images']):
+        print(reading.path, reading.candidates)
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from data_utils import ImageError, network_input, open_image
+from melnyk_net import DEFAULT_MODEL, ActivationMapper, enlarge, load_model
+
+# The network is compiled once for each of these batch sizes; smaller batches are filled up with empty images.
+BATCH_SIZES = (1, 8, 64)
+
+# Decoding goes on this many images ahead of the network, which also bounds the memory.
+_AHEAD = 2 * BATCH_SIZES[-1]
+
+# Pictures are kept for figures at this size at most.
+_THUMBNAIL = 512
+
+
+class Candidate(NamedTuple):
+    """One character that an image may show."""
+
+    character: str
+    probability: float
+    """0..1, calibrated: of the answers given with 0.9, nine in ten are right."""
+
+
+class Reading(NamedTuple):
+    """What was read in one image file: candidates, or an error."""
+
+    path: Path
+    candidates: tuple[Candidate, ...] = ()
+    """Best first; empty where there is an error."""
+    error: str = ''
+    """Why the file could not be read, and what to do; empty where it could."""
+    image: np.ndarray | None = None
+    """uint8 `(height, width, 3)`, the picture at most 512 pixels wide and high; only if asked for."""
+    network_input: np.ndarray | None = None
+    """uint8 `(96, 96)`, ink bright on 0; only if asked for."""
+    activation_map: np.ndarray | None = None
+    """float32 `(96, 96)`, the class activation map of the best candidate; only if asked for."""
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the best candidate is likelier right than wrong."""
+        return bool(self.candidates) and self.candidates[0].probability >= 0.5
+
+
+class HCCR:
+    """Offline handwritten Chinese character recogniser.
+
+    Args:
+        model: A model file, or a Melnyk-Net that is already built. Defaults to the file that the program ships.
+        labels: The characters in class order. Defaults to the model file's own.
+        show_summary: Whether to print the layers of the network. Defaults to `False`.
+        temperature: The logits are divided by it so that confidences come true. Defaults to the model file's own.
+        crop: See `data_utils.network_input`. Defaults to `True`.
+
+    Raises:
+        FileNotFoundError, melnyk_net.ModelFileError: If the model file is missing or not what it should be.
+        ValueError: If the labels do not fit the network.
+
+    Example:
+
+    >>> characters, scores = HCCR().predict(np.zeros((2, 96, 96, 1)), num_predictions=5)
+    >>> characters.shape
+    (5, 2)
+    """
+
+    def __init__(self, model=DEFAULT_MODEL, labels=None, show_summary=False, temperature=None, crop=True):
+        self.info = None
+        if not isinstance(model, keras.Model):
+            model, self.info = load_model(model)
+            labels = self.info.labels if labels is None else labels
+            temperature = self.info.temperature if temperature is None else temperature
+        if labels is None:
+            raise ValueError('a network that is not from a file needs its labels')
+        self.model = model
+        self.labels = tuple(labels)
+        self.temperature = 1.0 if temperature is None else float(temperature)
+        self.crop = crop
+        if len(self.labels) != model.output_shape[-1]:
+            raise ValueError(f'{len(self.labels)} labels do not fit a network of {model.output_shape[-1]} classes')
+        self._mapper = ActivationMapper(model)
+        self._characters = np.array(self.labels)
+        if show_summary:
+            model.summary()
+
+    @property
+    def size(self) -> int:
+        """The side of the network's input in pixels."""
+        return self.model.input_shape[1]
+
+    def predict(self, data, num_predictions=5, verbose=0, plot_cam=False):
+        """Recognise network inputs, as the original's method of this name does.
+
+        Args:
+            data: Array of shape `(images, 96, 96)` or `(images, 96, 96, 1)`, values 0..255, ink bright on 0:
+                `data_utils.network_input` of each image.
+            num_predictions: How many candidates for each image, 1 to the number of classes. Defaults to `5`.
+            verbose: Whether to print the candidates. Defaults to `0`.
+            plot_cam: Whether to show the class activation map of every image. Defaults to `False`.
+
+        Returns:
+            `(characters, scores)`, arrays of shape `(num_predictions, images)`: strings, and float32 probabilities
+            0..1, best first.
+
+        Raises:
+            ValueError: If an argument is none of the above.
+        """
+        if not 1 <= num_predictions <= len(self.labels):
+            raise ValueError(f'num_predictions is 1 to {len(self.labels)}, received {num_predictions}')
+        data = self._checked(data)
+        probabilities, maps = self._run(data, with_maps=plot_cam)
+        best = _best(probabilities, num_predictions)
+        characters, scores = self._characters[best].T, np.take_along_axis(probabilities, best, axis=1).T
+        if verbose:
+            for column in range(len(data)):
+                for row in range(num_predictions):
+                    print(response_line(Candidate(characters[row, column], scores[row, column])))
+                print()
+        if plot_cam:
+            import figures
+
+            figures.show(
+                figures.answer_figure(255 - picture, picture, activation_map, character)
+                for picture, activation_map, character in zip(data, maps, characters[0], strict=True)
+            )
+        return characters, scores
+
+    def warm_up(self) -> None:
+        """Compile the network for single images, which the first answer would wait for otherwise."""
+        self._run(np.zeros((1, *self.model.input_shape[1:3]), np.uint8), with_maps=False)
+
+    def probabilities(self, inputs) -> np.ndarray:
+        """Return the probability of every class.
+
+        Args:
+            inputs: Array of shape `(images, 96, 96)` or `(images, 96, 96, 1)`, values 0..255, ink bright on 0.
+
+        Returns:
+            float32 array of shape `(images, classes)`; each row sums to 1.
+        """
+        return self._run(self._checked(inputs), with_maps=False)[0]
+
+    def read(self, paths: Iterable[str | os.PathLike], num_predictions=5, with_images=False) -> Iterator[Reading]:
+        """Recognise image files, in their order and in bounded memory.
+
+        Files are opened in threads while the network works. A file that cannot be read gives a `Reading` with an error
+        and does not stop the others.
+
+        Args:
+            paths: Image files; `data_utils.find_images` finds them in folders.
+            num_predictions: How many candidates for each image. Defaults to `5`.
+            with_images: Whether readings carry the picture, the network input and the activation map. Defaults to
+                `False`.
+
+        Yields:
+            One `Reading` for each path.
+        """
+        # The first answers come alone and soon, the later ones in the batches that the network is fastest with.
+        sizes = iter(BATCH_SIZES)
+        size = next(sizes)
+        batch = []
+        for prepared in self._prepared(paths, with_images):
+            batch.append(prepared)
+            if len(batch) == size:
+                yield from self._readings(batch, num_predictions, with_images)
+                batch, size = [], next(sizes, size)
+        if batch:
+            yield from self._readings(batch, num_predictions, with_images)
+
+    def _prepared(self, paths, with_images):
+        def prepare(path):
+            path = Path(path)
+            try:
+                picture = open_image(path)
+                reading = Reading(path, network_input=network_input(picture, self.crop, self.size))
+                return reading._replace(image=_thumbnail(picture)) if with_images else reading
+            except ImageError as error:
+                return Reading(path, error=str(error))
+
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            try:
+                for path in paths:
+                    waiting.append(pool.submit(prepare, path))
+                    if len(waiting) >= _AHEAD:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _readings(self, batch, num_predictions, with_images):
+        inputs = [reading.network_input for reading in batch if not reading.error]
+        if inputs:
+            probabilities, maps = self._run(np.stack(inputs), with_maps=with_images)
+            best = _best(probabilities, num_predictions)
+        row = 0
+        for reading in batch:
+            if reading.error:
+                yield reading
+                continue
+            candidates = (Candidate(self.labels[i], float(probabilities[row, i])) for i in best[row])
+            if with_images:
+                yield reading._replace(candidates=tuple(candidates), activation_map=maps[row])
+            else:
+                yield reading._replace(candidates=tuple(candidates), network_input=None)
+            row += 1
+
+    def _checked(self, inputs) -> np.ndarray:
+        inputs = np.asarray(inputs)
+        shape = (self.size, self.model.input_shape[2])
+        if inputs.ndim not in (3, 4) or inputs.shape[1:3] != shape or inputs.shape[3:] not in ((), (1,)):
+            expected = f'(images, {shape[0]}, {shape[1]}[, 1])'
+            raise ValueError(f'network inputs have the shape {expected}, received {inputs.shape}')
+        return inputs.reshape(len(inputs), *shape)
+
+    def _run(self, inputs: np.ndarray, with_maps: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return probabilities `(images, classes)`, and the activation maps of the best classes where wanted."""
+        probabilities, maps = (
+            [np.zeros((0, len(self.labels)), np.float32)],
+            [np.zeros((0, *inputs.shape[1:]), np.float32)],
+        )
+        for start in range(0, len(inputs), BATCH_SIZES[-1]):
+            part = inputs[start : start + BATCH_SIZES[-1]]
+            size = next(size for size in BATCH_SIZES if size >= len(part))
+            padded = np.zeros((size, *part.shape[1:], 1), np.float32)
+            padded[: len(part), ..., 0] = part
+            features, rows = self._mapper.extractor.predict_on_batch(padded)
+            rows = _tempered(np.asarray(rows)[: len(part)], self.temperature)
+            probabilities.append(rows)
+            if with_maps:
+                small = self._mapper.maps(features[: len(part)], rows.argmax(axis=1))
+                maps.extend(enlarge(one, part.shape[1:])[None] for one in small)
+        return np.concatenate(probabilities), np.concatenate(maps) if with_maps else None
+
+
+def response_line(candidate: Candidate) -> str:
+    """Return the original's line for one candidate."""
+    return f"Dear User, I am {candidate.probability * 100:.3f} % sure it's     {candidate.character}"
+
+
+def _best(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices `(images, count)` of the largest probabilities, best first."""
+    count = min(count, probabilities.shape[1])
+    best = np.argpartition(-probabilities, count - 1, axis=1)[:, :count]
+    order = np.take_along_axis(probabilities, best, axis=1).argsort(axis=1, kind='stable')[:, ::-1]
+    return np.take_along_axis(best, order, axis=1)
+
+
+def _tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the softmax of the logits divided by a temperature, given the softmax of the logits themselves."""
+    if temperature == 1:
+        return probabilities
+    # The logarithm gives the logits back up to a constant, which a softmax does not see.
+    logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    small = Image.fromarray(picture)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(small)

@@ -1,0 +1,543 @@
+"""Offline handwritten Chinese character recogniser: the dialogue and the command line.
+
+python main.py                                   # asks where the images are, and answers
+python main.py images more/鲍.png -n 5           # answers at once
+python main.py scans --format json > answers.jsonl
+python main.py scans --format csv --plot figures > answers.csv
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+# Only the standard library up here: TensorFlow takes seconds to import, and loads while the user answers.
+
+BANNER = """\
+---------- Offline Handwritten Chinese Character Recognizer ----------
+Based on the convolutional neural network called Melnyk-Net.
+Recognizes 3755 Chinese character classes from GB2312-80 level-1.
+Copyright © 2018 Pavlo O. Melnyk
+"""
+FAREWELL = 'Thanks for using Melnyk-Net Offline HCCR software!'
+
+CLASSES = 3755
+DEFAULT_SOURCE = 'images'
+DEFAULT_CANDIDATES = 5
+# More windows than this at once help nobody; --plot FOLDER saves every figure.
+MAX_WINDOWS = 10
+
+EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
+
+DESCRIPTION = """\
+Read handwritten Chinese characters, one in each image.
+
+Without arguments the program asks what it needs to know. With images, folders
+or patterns it answers at once:
+
+  python main.py                            the dialogue
+  python main.py 鲍.png                     the five likeliest characters
+  python main.py scans -n 1 --format csv    a table of a whole folder
+  python main.py scans --plot figures       and a figure of every answer
+"""
+EPILOG = """\
+An image shows one character: dark on light or light on dark paper, scanned,
+drawn or photographed. PNG, JPEG, BMP, GIF, TIFF, WebP and PNM files are read.
+Answers go to stdout in the order of the files, everything else to stderr.
+
+exit status: 0 fine, 1 something could not be read, 2 wrong usage, 130 Ctrl-C
+"""
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be used. Its text says what is wrong."""
+
+
+def ask(question: str, parse: Callable, default: str, read: Callable[[str], str] = input):
+    """Ask until the answer can be used.
+
+    Args:
+        question: Printed before the answer is read.
+        parse: Turns the answer into a value, or raises an exception whose text explains.
+        default: What Enter alone stands for.
+        read: Prints a question and returns an answer without its line end. Defaults to `input`.
+
+    Returns:
+        The value.
+
+    Raises:
+        EOFError, KeyboardInterrupt: If the user leaves.
+    """
+    while True:
+        answer = read(question).strip()
+        try:
+            return parse(answer or default)
+        except AnswerError as error:
+            print(error)
+        except (OSError, ValueError) as error:
+            print(f'Ooops... An exception occured:\n{error}')
+        print('Try again')
+
+
+def parse_yes(answer: str) -> bool:
+    """Return whether an answer to `[Y/n]` is yes; everything but a no is."""
+    return not answer.casefold().startswith('n')
+
+
+def parse_count(answer: str, largest: int = CLASSES) -> int:
+    """Return a number of candidates, 1 to `largest`."""
+    try:
+        count = int(answer)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= largest:
+        raise ValueError(f'a whole number from 1 to {largest} is needed, received {answer!r}')
+    return count
+
+
+def parse_source(answer: str) -> tuple[bool, list[Path]]:
+    """Return whether an answer names a folder, and the images there.
+
+    Quotes and backslashes around what was pasted or dragged into the terminal are taken off.
+    """
+    from data_utils import find_images
+
+    readings = [answer]
+    if len(answer) > 1 and answer[0] == answer[-1] and answer[0] in '\'"':
+        readings.append(answer[1:-1])
+    if '\\' in answer and os.sep != '\\':
+        with contextlib.suppress(ValueError):  # an unbalanced quote may be part of the name
+            readings.append(' '.join(shlex.split(answer)))
+    for reading in readings:
+        try:
+            paths = find_images([reading])
+        except FileNotFoundError:
+            continue
+        if paths:
+            return Path(reading).expanduser().is_dir(), paths
+    raise AnswerError('Ooops... Image(s) not found :(')
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def text_lines(reading, with_name: bool) -> Iterator[str]:
+    """Yield the original's lines for one image, its name first where there are several."""
+    from data_utils import printable
+    from hccr import response_line
+
+    if with_name:
+        yield printable(reading.path)
+    if reading.error:
+        yield f'Ooops... {reading.error}'
+    for candidate in reading.candidates:
+        yield response_line(candidate)
+    if not reading.error and not reading.is_sure:
+        yield 'I am not sure: it is likelier another character than my first answer.'
+    yield ''
+
+
+def as_record(reading) -> dict:
+    """Return one image's answer as it is written to JSON."""
+    if reading.error:
+        return {'file': str(reading.path), 'error': reading.error}
+    return {'file': str(reading.path), 'candidates': [_candidate_record(candidate) for candidate in reading.candidates]}
+
+
+def _candidate_record(candidate) -> dict:
+    from data_utils import code_point, gb_code
+
+    try:
+        code = f'{gb_code(candidate.character):04X}'
+    except ValueError:  # a model of the user's own may know characters that GB2312-80 has not
+        code = None
+    return {
+        'character': candidate.character,
+        'code_point': code_point(candidate.character),
+        'gb_code': code,
+        'probability': round(candidate.probability, 6),
+    }
+
+
+class Writer:
+    """Writes answers to stdout in one of the formats."""
+
+    def __init__(self, format: str, with_names: bool):
+        self._format, self._with_names = format, with_names
+        if format != 'text':
+            # For programs: always UTF-8, whatever the terminal speaks.
+            _reconfigure(sys.stdout, encoding='utf-8')
+        if format == 'csv':
+            self._table = csv.writer(sys.stdout, lineterminator='\n')
+            self._table.writerow(['file', 'rank', 'character', 'code_point', 'gb_code', 'probability'])
+
+    def write(self, reading) -> None:
+        """Write the answer for one image. CSV has no row for an error, which stderr names."""
+        if self._format == 'json':
+            print(json.dumps(as_record(reading), ensure_ascii=False))
+        elif self._format == 'csv':
+            for rank, candidate in enumerate(as_record(reading).get('candidates', ()), 1):
+                self._table.writerow([reading.path, rank, *candidate.values()])
+        else:
+            for line in text_lines(reading, self._with_names):
+                print(line)
+        sys.stdout.flush()
+
+
+class Progress:
+    """A line on stderr that says how far a long run is, where answers do not show it themselves."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._start, self._shown = total, 0, time.monotonic(), 0.0
+        self._on = total > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+
+    def step(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._on and (now - self._shown > 0.2 or self._done == self._total):
+            self._shown = now
+            rate = self._done / max(now - self._start, 1e-9)
+            left = time.strftime('%H:%M:%S', time.gmtime((self._total - self._done) / rate))
+            line = f'\r{self._done:,} of {self._total:,} images, {rate:.0f}/s, {left} left '
+            print(line, end='\n' if self._done == self._total else '', file=sys.stderr, flush=True)
+
+
+class Plotter:
+    """Draws the figures of a run: shows them at its end, or saves them as they come.
+
+    Args:
+        plot: `'show'`, `'off'` or a folder.
+        with_overview: Whether an overview of all images is drawn too.
+    """
+
+    def __init__(self, plot: str, with_overview: bool):
+        self._plot, self._with_overview = plot, with_overview
+        self._figures, self._entries = [], []
+        self._names = {'overview'}
+        self._pages = 0
+        if plot not in ('show', 'off'):
+            Path(plot).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def wants_images(self) -> bool:
+        return self._plot != 'off'
+
+    def add(self, reading) -> None:
+        if self._plot == 'off':
+            return
+        import figures
+
+        if self._with_overview:
+            self._entries.append(_overview_entry(reading))
+            if len(self._entries) == figures.OVERVIEW_SIZE:
+                self._finish_page()
+        if reading.error or (self._plot == 'show' and len(self._figures) >= MAX_WINDOWS):
+            return
+        figure = figures.answer_figure(
+            reading.image, reading.network_input, reading.activation_map, reading.candidates[0].character
+        )
+        if self._plot == 'show':
+            self._figures.append(figure)
+        else:
+            figures.save(figure, Path(self._plot, f'{self._unused_name(reading.path.stem)}.png'))
+
+    def close(self) -> None:
+        if self._plot == 'off':
+            return
+        import figures
+        from data_utils import printable
+
+        if self._entries:
+            self._finish_page()
+        if self._plot != 'show':
+            print(f'Figures saved in {printable(self._plot)}', file=sys.stderr)
+        elif self._figures:
+            print('Close the figures to go on.', file=sys.stderr)
+            figures.show(self._figures)
+
+    def _finish_page(self) -> None:
+        import figures
+
+        figure = figures.overview_figure(self._entries)
+        self._entries = []
+        self._pages += 1
+        if self._plot == 'show':
+            self._figures.insert(self._pages - 1, figure)
+        else:
+            figures.save(figure, Path(self._plot, f'overview{f"-{self._pages}" if self._pages > 1 else ""}.png'))
+
+    def _unused_name(self, stem: str) -> str:
+        name, number = stem, 1
+        while name in self._names:
+            number += 1
+            name = f'{stem}-{number}'
+        self._names.add(name)
+        return name
+
+
+def _overview_entry(reading):
+    import figures
+    from data_utils import printable
+
+    if reading.error:
+        return None, '–', printable(reading.path.name)
+    best = reading.candidates[0]
+    doubt = '' if reading.is_sure else '?'
+    title = f'{figures.shown(best.character)}{doubt} {best.probability:.0%}'
+    return reading.image, title, printable(reading.path.name)
+
+
+def answer(recogniser, paths: list[Path], count: int, format: str, plot: str, with_names: bool) -> list:
+    """Recognise files, write and draw the answers, and return the readings that failed."""
+    failed = []
+    writer, plotter, progress = Writer(format, with_names), Plotter(plot, with_names), Progress(len(paths))
+    for reading in recogniser.read(paths, count, plotter.wants_images):
+        writer.write(reading)
+        plotter.add(reading)
+        progress.step()
+        if reading.error:
+            failed.append(reading)
+    plotter.close()
+    return failed
+
+
+def name_failures(failures: Iterable[tuple[object, str]], total: int) -> None:
+    """Name on stderr what could not be read."""
+    from data_utils import printable
+
+    failures = list(failures)
+    if failures:
+        print(f'{len(failures):,} of {total:,} could not be read:', file=sys.stderr)
+    for name, reason in failures:
+        print(f'  {printable(name)}: {printable(reason)}', file=sys.stderr)
+
+
+# --- The program -----------------------------------------------------------------------------------------------------
+
+
+class Loading:
+    """Imports the network and loads its weights in the background."""
+
+    def __init__(self, model: str | None, crop: bool):
+        self._recogniser, self._error = None, None
+        self._arguments = {'crop': crop} | ({'model': model} if model else {})
+        # A daemon: whoever leaves at the first prompt does not wait for it.
+        self._thread = threading.Thread(target=self._load, daemon=True)
+        self._thread.start()
+
+    def _load(self) -> None:
+        try:
+            with _quiet_libraries():
+                from hccr import HCCR
+
+                self._recogniser = HCCR(**self._arguments)
+                self._recogniser.warm_up()
+        except Exception as error:  # whatever it is, it is raised again where somebody waits for the result
+            self._error = error
+
+    @property
+    def unfinished(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self):
+        """Return the `HCCR`, after waiting for it where it is not ready.
+
+        Raises:
+            FileNotFoundError, ValueError: If the model file is missing or not what it should be.
+        """
+        if self.unfinished and sys.stderr.isatty():
+            print('Loading the network, a few seconds ...', file=sys.stderr, flush=True)
+        while self.unfinished:
+            self._thread.join(0.1)  # in slices, or Ctrl-C would wait for the import on Windows
+        if self._error:
+            raise self._error
+        return self._recogniser
+
+
+def dialogue(loading: Loading, plot: str, read: Callable[[str], str] = input) -> int:
+    """Hold the original's dialogue and return the exit status."""
+    print(BANNER)
+    if ask('Show Melnyk-Net summary? [Y/n] ', parse_yes, 'y', read):
+        loading.result().model.summary()
+    status = EXIT_OK
+    while True:
+        source = f'Please specify data filepath: [{DEFAULT_SOURCE}] '
+        is_folder, paths = ask(source, parse_source, default_source(), read)
+        print('Loading the data.....................................')
+        if is_folder:
+            print(f'Found {len(paths)} images in the specified directory')
+        number = f'Please specify number of predictions per input image: [{DEFAULT_CANDIDATES}] '
+        count = ask(number, parse_count, str(DEFAULT_CANDIDATES), read)
+        recogniser = loading.result()
+        print('Melnyk-Net response:')
+        failed = answer(recogniser, paths, count, 'text', plot, with_names=len(paths) > 1)
+        name_failures(((reading.path, reading.error) for reading in failed), len(paths))
+        if failed:
+            status = EXIT_ERROR
+        if not ask('Continue? [Y/n] ', parse_yes, 'y', read):
+            print(FAREWELL)
+            return status
+
+
+def default_source() -> str:
+    """Return the folder of sample images, beside the program wherever it is started from."""
+    return str(Path(__file__).with_name(DEFAULT_SOURCE))
+
+
+def recognise(loading: Loading, options: argparse.Namespace) -> int:
+    """Answer for the sources of the command line and return the exit status."""
+    from data_utils import find_images
+
+    paths, failures = [], []
+    for source in options.sources:
+        try:
+            found = find_images([source])
+        except FileNotFoundError:
+            found = [Path(source)]  # its answer is an error in its place
+        if not found:
+            failures.append((source, 'no images in this folder'))
+        paths += found
+    recogniser = loading.result()
+    plot = options.plot or 'off'
+    failed = answer(recogniser, paths, options.predictions, options.format, plot, with_names=len(paths) > 1)
+    failures += [(reading.path, reading.error) for reading in failed]
+    name_failures(failures, len(paths) + len(failures) - len(failed))
+    return EXIT_ERROR if failures else EXIT_OK
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='main.py', description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('sources', nargs='*', metavar='IMAGE', help='image, folder or pattern such as "scans/*.png"')
+    parser.add_argument(
+        '-n', '--predictions', type=_count, metavar='N', help='candidates for each image, 1 to 3755 (default: 5)'
+    )
+    parser.add_argument('--format', choices=('text', 'json', 'csv'), help='how answers are written (default: text)')
+    parser.add_argument(
+        '--plot',
+        metavar='show|off|FOLDER',
+        help='figures of the answers with class activation maps: in windows, none, or saved as PNG files '
+        '(default: show in the dialogue where there is a display, else off)',
+    )
+    parser.add_argument('--model', metavar='FILE', help='model file, .h5 or .hdf5 (default: the one that came along)')
+    parser.add_argument(
+        '--whole-page',
+        action='store_true',
+        help='do not cut the page down to the writing; for weights that were trained so',
+    )
+    parser.add_argument('--traceback', action='store_true', help='show where in the program an error arose')
+    options = parser.parse_args(arguments)
+    if not options.sources and (options.predictions or options.format):
+        parser.error('-n and --format need an image; without one the program asks')
+    options.predictions = options.predictions or DEFAULT_CANDIDATES
+    options.format = options.format or 'text'
+    return options
+
+
+def _count(text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def has_display() -> bool:
+    """Whether figures can be shown in a window here."""
+    if os.environ.get('MPLBACKEND', '').lower() in ('agg', 'pdf', 'svg', 'ps', 'cairo', 'template'):
+        return False
+    if sys.platform.startswith(('win', 'darwin')):
+        return True
+    return bool(os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'))
+
+
+def _dialogue_plot(plot: str | None) -> str:
+    if plot is None and not has_display():
+        print('There is no display, so no figures are shown; --plot FOLDER saves them.', file=sys.stderr)
+        return 'off'
+    return plot or 'show'
+
+
+@contextlib.contextmanager
+def _quiet_libraries():
+    """Keep what compiled libraries write straight to file descriptor 2 off the terminal, while they start.
+
+    TensorFlow tells of every processor extension and of every GPU that is not there, whatever its log level. Python's
+    own messages go on, since `main` has given `sys.stderr` a descriptor of its own.
+    """
+    try:
+        if sys.stderr.fileno() == 2:
+            yield
+            return
+        terminal = os.dup(2)
+    except (OSError, ValueError, AttributeError):  # no such descriptor, as under pythonw or in tests
+        yield
+        return
+    with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def _move_stderr() -> None:
+    """Give `sys.stderr` a file descriptor of its own. See `_quiet_libraries`."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.fileno() == 2:
+            sys.stderr = open(os.dup(2), 'w', encoding=sys.stderr.encoding, errors='backslashreplace', buffering=1)  # noqa: SIM115
+
+
+def _reconfigure(stream, **settings) -> None:
+    if hasattr(stream, 'reconfigure'):  # a stream that somebody put in its place may not
+        stream.reconfigure(**settings)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    options = parse_arguments(arguments)
+    # A terminal that cannot show a character gets its code instead of ending the program.
+    _reconfigure(sys.stdout, errors='backslashreplace')
+    _reconfigure(sys.stderr, errors='backslashreplace')
+    loading = Loading(options.model, crop=not options.whole_page)
+    try:
+        status = recognise(loading, options) if options.sources else dialogue(loading, _dialogue_plot(options.plot))
+    except EOFError:
+        print(f'\n{FAREWELL}')
+        status = EXIT_OK
+    except KeyboardInterrupt:
+        print(f'\n{FAREWELL}' if not options.sources else '\nInterrupted.', file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the answers has enough, as `head` does; nothing more can be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_OK
+    except (OSError, ValueError) as error:
+        if options.traceback:
+            raise
+        from data_utils import printable
+
+        print(f'main.py: {printable(error)}', file=sys.stderr)
+        status = EXIT_ERROR
+    if loading.unfinished:
+        # The interpreter must not be taken down under a half-imported library.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+if __name__ == '__main__':
+    _move_stderr()
+    sys.exit(main())

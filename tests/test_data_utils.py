@@ -1,0 +1,426 @@
+import contextlib
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import draw_character
+from PIL import Image
+
+import data_utils
+from data_utils import (
+    LABEL_INDEX,
+    LABELS,
+    ImageError,
+    NoInkError,
+    character_of,
+    code_point,
+    crop_to_ink,
+    find_images,
+    fit,
+    gb_code,
+    natural_key,
+    network_input,
+    open_image,
+    otsu_threshold,
+    printable,
+    to_gray,
+    whiten,
+    written_aside,
+)
+
+
+def difference(first, second) -> float:
+    """How far two network inputs are apart, whatever the strength of their ink: 0 the same, 2 nothing in common."""
+    first, second = (image / image.mean() for image in (first.astype(float), second.astype(float)))
+    return float(np.abs(first - second).mean())
+
+
+# --- The classes
+
+
+def test_label_table_is_the_published_one():
+    assert len(LABELS) == len(set(LABELS)) == 3755
+    # What is published about the order: its first character, its wrap at the end of level 1, and its last 27.
+    assert LABELS[0] == '扼'
+    assert LABELS[LABEL_INDEX['座'] + 1] == '啊'
+    assert ''.join(LABELS[-27:]) == '垒寥恰峭窃死畏瑶惮董镀疙粳傈镊醛僳酞烃硒矽锗柞珐辊烩硷'
+    assert {gb_code(character) >> 8 for character in LABELS} == set(range(0xB0, 0xD8))
+
+
+@pytest.mark.parametrize(('character', 'code'), [('啊', 0xB0A1), ('座', 0xD7F9), ('扼', 46835), ('鲍', 0xB1AB)])
+def test_gb_codes(character, code):
+    assert gb_code(character) == code
+    assert character_of(code) == character
+
+
+@pytest.mark.parametrize('text', ['', '啊啊', 'A', '龥', '😀'])
+def test_gb_code_refuses(text):
+    with pytest.raises(ValueError, match='GB2312'):
+        gb_code(text)
+
+
+@pytest.mark.parametrize('code', [0xD7FA, 0x4100, 0xFFFF, 0, -1, 0x1B0A1])
+def test_character_of_refuses(code):
+    with pytest.raises(ValueError, match='GB2312'):
+        character_of(code)
+
+
+def test_code_point():
+    assert code_point('鲍') == 'U+9C8D'
+
+
+# --- Files
+
+
+def test_natural_order():
+    names = ['a10.png', 'A9.png', '鲍.png', 'a1.png', '2.png', 'b', '10.png']
+    assert sorted(names, key=natural_key) == ['2.png', '10.png', 'a1.png', 'A9.png', 'a10.png', 'b', '鲍.png']
+
+
+def test_find_images(tmp_path):
+    for name in ('10.PNG', '9.jpg', 'note.txt', '.hidden.png', 'deep/er/1.webp', '.git/x.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / 'deep' / 'loop').symlink_to(tmp_path)
+    (tmp_path / 'broken.png').symlink_to(tmp_path / 'nowhere')
+
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert found == ['9.jpg', '10.PNG', 'broken.png', 'deep/er/1.webp']
+    assert find_images([f'{tmp_path}/']) == find_images([tmp_path])
+    assert [path.name for path in find_images([f'{tmp_path}/*.PNG'])] == ['10.PNG']
+    # A file that is named is taken whatever its suffix, and nothing is taken twice.
+    assert [path.name for path in find_images([tmp_path / 'note.txt', tmp_path / '9.jpg', tmp_path / '9.jpg'])] == [
+        'note.txt',
+        '9.jpg',
+    ]
+
+
+def test_find_images_expands_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / 'a.png').touch()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert find_images(['~']) == [tmp_path / 'a.png']
+
+
+def test_find_images_takes_brackets_in_names(tmp_path):
+    (tmp_path / 'a[1].png').touch()
+    assert find_images([tmp_path / 'a[1].png']) == [tmp_path / 'a[1].png']
+
+
+def test_find_images_of_nothing(tmp_path):
+    assert find_images([tmp_path]) == []
+    with pytest.raises(FileNotFoundError, match='nothing'):
+        find_images([tmp_path / 'nothing'])
+    with pytest.raises(FileNotFoundError, match='png'):
+        find_images([tmp_path / '*.png'])
+
+
+def test_printable_escapes_what_steers_a_terminal():
+    assert printable('a\x1b[31m\n鲍') == 'a\\x1b[31m\\n鲍'
+
+
+def test_written_aside_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / 'file.txt'
+    path.write_text('old')
+
+    def fail():
+        with written_aside(path) as aside:
+            aside.write_text('half of')
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == 'old'
+    with written_aside(path) as aside:
+        aside.write_text('new')
+        assert path.read_text() == 'old'
+    assert path.read_text() == 'new'
+    assert os.listdir(tmp_path) == ['file.txt']
+
+
+FORMATS = ['png', 'jpg', 'bmp', 'gif', 'tif', 'webp', 'ppm']
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_open_image_reads_every_format_whatever_its_suffix(tmp_path, character, suffix):
+    right, wrong = tmp_path / f'a.{suffix.upper()}', tmp_path / 'a.txt'
+    Image.fromarray(character).convert('RGB').save(right)
+    wrong.write_bytes(right.read_bytes())
+    for path in (right, wrong):
+        image = open_image(path)
+        assert image.shape == (100, 100, 3)
+        assert image.dtype == np.uint8
+        assert np.abs(image[..., 0].astype(int) - character).mean() < 3
+
+
+MODES = ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F']
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_every_mode_gives_the_same_input(tmp_path, character, mode):
+    path = tmp_path / 'a.tif'
+    if mode in ('I;16', 'I', 'F'):
+        kind = {'I;16': np.uint16, 'I': np.int32, 'F': np.float32}[mode]
+        Image.fromarray((character.astype(float) * (257 if mode != 'F' else 1 / 255)).astype(kind)).save(path)
+    else:
+        Image.fromarray(character).convert(mode).save(path)
+    assert Image.open(path).mode == mode
+    assert difference(network_input(character), network_input(open_image(path))) < (0.4 if mode == '1' else 0.05)
+
+
+def test_transparent_paper_is_white(tmp_path, character):
+    ink = np.zeros((100, 100, 4), np.uint8)  # black ink on transparent black
+    ink[..., 3] = 255 - character
+    Image.fromarray(ink).save(tmp_path / 'a.png')
+    assert difference(network_input(character), network_input(open_image(tmp_path / 'a.png'))) < 0.02
+
+    palette = Image.fromarray(np.where(character < 128, 1, 0).astype(np.uint8), 'P')
+    palette.putpalette([0, 0, 0, 10, 10, 10])
+    palette.save(tmp_path / 'p.png', transparency=0)
+    assert difference(network_input(character), network_input(open_image(tmp_path / 'p.png'))) < 0.4
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, character, orientation):
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # what the camera did to the picture
+    inverse = {0: 0, 1: 1, 2: 4, 3: 3, 4: 2, 5: 5, 6: 6}
+    stored = Image.fromarray(character)
+    if turn is not None:
+        stored = stored.transpose(Image.Transpose(inverse[{0: 0, 3: 3, 1: 1, 5: 5, 2: 4, 6: 6, 4: 2}[turn]]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / 'a.png', exif=exif)
+    assert np.array_equal(open_image(tmp_path / 'a.png')[..., 0], character)
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'webp', 'tif'])
+def test_the_first_frame_counts(tmp_path, character, suffix):
+    frames = [Image.fromarray(character).convert('RGB'), Image.new('RGB', (100, 100), 'white')]
+    frames[0].save(tmp_path / f'a.{suffix}', save_all=True, append_images=frames[1:], quality=95)
+    assert difference(network_input(character), network_input(open_image(tmp_path / f'a.{suffix}'))) < 0.1
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header promises side × side pixels."""
+    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
+    chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(bytes(1000))), (b'IEND', b''))
+    parts = (
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b'\x89PNG\r\n\x1a\n' + b''.join(parts)
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        (b'', 'known format'),
+        (b'some text', 'known format'),
+        (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'known format'),
+        (bomb(30_000), 'too large'),
+        (bomb(100), 'damaged'),
+        (None, 'no such file'),
+        ('folder', 'folder'),
+    ],
+)
+def test_what_is_no_image_is_named(tmp_path, content, reason):
+    path = tmp_path / 'a.png'
+    if content == 'folder':
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError, match=reason):
+        open_image(path)
+
+
+def test_a_truncated_image_is_damaged(tmp_path, character):
+    whole = io.BytesIO()
+    Image.fromarray(character).save(whole, 'PNG')
+    (tmp_path / 'a.png').write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(ImageError, match='damaged'):
+        open_image(tmp_path / 'a.png')
+
+
+# --- Pages
+
+
+def test_otsu_parts_two_peaks_in_the_middle():
+    assert otsu_threshold(np.array([40] * 10 + [150] * 90, np.uint8)) in (94, 95)
+    assert otsu_threshold(np.full((3, 3), 7, np.uint8)) == 7
+
+
+def test_a_clean_scan_is_left_as_it_is(character):
+    assert np.abs(whiten(character).astype(int) - character).max() <= 5
+    assert np.array_equal(whiten(character) == 255, character >= 250)
+
+
+def on_page(character, side=240, at=(60, 90)) -> np.ndarray:
+    page = np.full((side, side), 255, np.uint8)
+    page[at[0] : at[0] + 100, at[1] : at[1] + 100] = character
+    return page
+
+
+def coloured(page, paper) -> np.ndarray:
+    return (page[..., None] * (np.array(paper) / 255)).astype(np.uint8)
+
+
+def lit(page, darkest=0.4) -> np.ndarray:
+    slope = np.linspace(1, darkest, page.shape[1])[None] * np.linspace(1, 0.8, page.shape[0])[:, None]
+    return (page * slope).astype(np.uint8)
+
+
+def shadowed(page) -> np.ndarray:
+    light = np.where(np.arange(page.shape[1]) < 0.55 * page.shape[1], 0.55, 1.0)
+    return (page * light).astype(np.uint8)
+
+
+def grainy(page, sigma=6) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, sigma, page.shape)
+    return np.clip(page * 0.92 + noise, 0, 255).astype(np.uint8)
+
+
+def with_lines(page, colour, boxed) -> np.ndarray:
+    height, width = page.shape
+    lines = np.full((height, width, 3), 255)
+    if boxed:  # 田字格
+        for at in (20, height // 2, height - 20):
+            lines[at : at + 2, 20 : width - 20] = colour
+            lines[20 : height - 20, at : at + 2] = colour
+    else:
+        for at in range(15, height, 40):
+            lines[at : at + 2] = colour
+    return np.minimum(page[..., None], lines).astype(np.uint8)
+
+
+PAPERS = {
+    'a large white page': lambda ink: on_page(ink, 1500, (200, 1100)),
+    'yellow paper': lambda ink: coloured(on_page(ink), (250, 225, 150)),
+    'blue paper': lambda ink: coloured(on_page(ink), (150, 180, 250)),
+    'dark paper': lambda ink: 255 - on_page(ink),
+    'a dark tight crop': lambda ink: 255 - ink,
+    'dark green board': lambda ink: np.array((20, 70, 40), np.uint8) + (255 - coloured(on_page(ink), (255,) * 3)) // 2,
+    'light from one side': lambda ink: lit(on_page(ink)),
+    'light from one side on a tight crop': lambda ink: lit(ink),
+    'the edge of a shadow': lambda ink: shadowed(on_page(ink)),
+    'grain': lambda ink: grainy(lit(on_page(ink))),
+    'red ruled paper': lambda ink: with_lines(on_page(ink), (225, 90, 90), boxed=False),
+    'black ruled paper': lambda ink: with_lines(on_page(ink), (30, 30, 30), boxed=False),
+    'a red grid': lambda ink: with_lines(on_page(ink), (225, 90, 90), boxed=True),
+    'a black grid': lambda ink: with_lines(on_page(ink), (30, 30, 30), boxed=True),
+    'a faint pencil': lambda ink: (255 - (255 - on_page(ink).astype(int)) // 5).astype(np.uint8),
+    'dust': lambda ink: np.minimum(
+        on_page(ink), np.where(np.random.default_rng(1).random((240, 240)) < 4e-4, 90, 255)
+    ).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize('paper', PAPERS)
+def test_papers_give_the_input_of_the_plain_scan(character, paper):
+    # Ink moved by half a pixel differs by 0.2; a wrong crop, a leftover line or inverted paper by 0.8 and more.
+    assert difference(network_input(character), network_input(PAPERS[paper](character))) < 0.3
+
+
+def test_red_ink_on_blue_lines(character):
+    page = on_page(character)
+    red = np.stack([np.maximum(page, 200), page, page], axis=-1)
+    ruled = np.minimum(red, with_lines(np.full_like(page, 255), (150, 180, 235), boxed=False))
+    assert difference(network_input(character), network_input(ruled)) < 0.3
+
+
+def test_lines_that_a_hand_draws_stay():
+    three = np.full((300, 300), 255, np.uint8)
+    for row in (40, 150, 270):
+        three[row : row + 12, 20:280] = 30
+    assert np.array_equal(whiten(three) < 255, three < 255)
+
+
+@pytest.mark.parametrize('shape', [(20, 96), (96, 20), (12, 96)])
+def test_tight_crops_of_one_stroke(shape):
+    bar = np.full(shape, 255, np.uint8)
+    bar[2:-2, 2:-2] = np.random.default_rng(0).integers(20, 90, (shape[0] - 4, shape[1] - 4))
+    assert not data_utils.is_dark_paper(bar)
+
+
+EMPTY = {
+    'white': np.full((50, 50), 255, np.uint8),
+    'black': np.zeros((50, 50), np.uint8),
+    'gray': np.full((300, 200, 3), 130, np.uint8),
+    'one pixel': np.full((1, 1), 77, np.uint8),
+    'one row': np.full((1, 200), 255, np.uint8),
+    'no pixel': np.zeros((0, 0), np.uint8),
+    'grain alone': grainy(np.full((200, 200), 255, np.uint8)),
+    'a slope of light alone': lit(np.full((200, 200), 255, np.uint8)),
+}
+
+
+@pytest.mark.parametrize('page', EMPTY)
+def test_an_empty_page_is_said_to_be_empty(page):
+    with pytest.raises(NoInkError):
+        network_input(EMPTY[page])
+
+
+@pytest.mark.parametrize('shape', [(1, 40), (40, 1), (2, 2), (3, 1000), (1000, 3)])
+def test_odd_shapes_give_an_input_or_no_ink(shape):
+    page = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    with contextlib.suppress(NoInkError):
+        assert network_input(page).shape == (96, 96)
+
+
+def test_a_tiny_glyph_on_a_huge_page():
+    tiny = draw_character(40)
+    page = np.full((3000, 4000), 255, np.uint8)
+    page[2900:2940, 30:70] = tiny
+    assert difference(network_input(tiny), network_input(page)) < 0.3
+
+
+def test_arguments_are_not_changed(character):
+    page = with_lines(on_page(character), (30, 30, 30), boxed=True)
+    before = page.copy()
+    network_input(page)
+    assert np.array_equal(page, before)
+
+
+def test_to_gray_is_the_luma_where_colour_says_nothing(character):
+    rgb = np.repeat(character[..., None], 3, axis=2)
+    assert np.array_equal(to_gray(rgb), character)
+    assert to_gray(character) is character
+
+
+def test_crop_to_ink():
+    page = np.full((9, 7), 255, np.uint8)
+    page[3, 2], page[5, 4] = 0, 254
+    assert crop_to_ink(page).shape == (3, 3)
+    with pytest.raises(NoInkError):
+        crop_to_ink(np.full((4, 4), 255, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'size'), [((10, 10), 96), ((10, 31), 96), ((300, 7), 96), ((50, 50), 48), ((9, 9), 64)]
+)
+def test_fit_centres_inverts_and_leaves_the_border(shape, size):
+    result = fit(np.zeros(shape, np.uint8), size)
+    border = round(size * 4 / 96)
+    assert result.shape == (size, size)
+    assert result.dtype == np.uint8
+    assert not result[:border].any()
+    assert not result[-border:].any()
+    assert not result[:, :border].any()
+    assert not result[:, -border:].any()
+    assert result.max() > 200
+    rows, columns = np.flatnonzero(result.any(axis=1)), np.flatnonzero(result.any(axis=0))
+    for places, side in ((rows, shape[0]), (columns, shape[1])):
+        assert abs(len(places) - (size - 2 * border) * side / max(shape)) <= 3
+        assert abs(places[0] - (size - 1 - places[-1])) <= 3
+
+
+def test_whole_page_is_the_original_way(character):
+    page = on_page(character)
+    kept = network_input(page, crop=False)
+    # The page is not cropped: the character covers what it covers of the page.
+    rows = np.flatnonzero(kept.any(axis=1))
+    assert abs(len(rows) - 88 * 91 / 240) < 4
+    assert difference(kept, network_input(255 - page, crop=False)) < 0.1
+    with pytest.raises(NoInkError):
+        network_input(np.full((9, 9), 3, np.uint8), crop=False)

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from conftest import SMALL_LABELS, draw_character
+from PIL import Image
+
+from data_utils import network_input
+from hccr import BATCH_SIZES, HCCR, Candidate, response_line
+
+
+@pytest.fixture(scope='module')
+def recogniser(small_file):
+    return HCCR(small_file)
+
+
+@pytest.fixture(scope='module')
+def inputs():
+    return np.stack([network_input(draw_character(60 + 3 * i, width=0.03 + 0.004 * i)) for i in range(12)])
+
+
+def test_predict_has_the_shape_of_the_original(recogniser, inputs):
+    characters, scores = recogniser.predict(inputs[..., None], num_predictions=3)
+    assert characters.shape == scores.shape == (3, 12)
+    assert set(characters.ravel()) <= set(SMALL_LABELS)
+    assert (np.diff(scores, axis=0) <= 0).all()
+    assert (scores >= 0).all()
+    assert (scores <= 1).all()
+
+
+def test_predict_prints_what_it_returns(recogniser, inputs, capsys):
+    characters, scores = recogniser.predict(inputs[:1], num_predictions=2, verbose=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [*(response_line(Candidate(c, s)) for c, s in zip(characters[:, 0], scores[:, 0], strict=True)), '']
+
+
+def test_response_line_is_the_original_line():
+    assert response_line(Candidate('鲍', 0.99986)) == "Dear User, I am 99.986 % sure it's     鲍"
+
+
+def test_probabilities_sum_to_one_and_do_not_depend_on_the_batch(recogniser, inputs):
+    many = np.resize(inputs, (BATCH_SIZES[-1] + 5, 96, 96))
+    together = recogniser.probabilities(many)
+    assert together.shape == (len(many), 5)
+    assert together.dtype == np.float32
+    assert np.allclose(together.sum(axis=1), 1, atol=1e-5)
+    alone = np.concatenate([recogniser.probabilities(one[None]) for one in inputs])
+    assert np.allclose(together[:12], alone, atol=1e-5)
+    assert recogniser.probabilities(inputs[:0]).shape == (0, 5)
+
+
+def test_the_temperature_of_the_file_is_applied(small_file, small_model, inputs):
+    cold = HCCR(small_model, SMALL_LABELS).probabilities(inputs)
+    warm = HCCR(small_file).probabilities(inputs)
+    expected = cold**0.5 / (cold**0.5).sum(axis=1, keepdims=True)  # softmax(logits / 2)
+    assert np.allclose(warm, expected, atol=1e-5)
+    assert np.array_equal(cold.argmax(axis=1), warm.argmax(axis=1))
+
+
+@pytest.mark.parametrize('count', [0, -1, 6])
+def test_predict_refuses_counts(recogniser, inputs, count):
+    with pytest.raises(ValueError, match='1 to 5'):
+        recogniser.predict(inputs, num_predictions=count)
+
+
+@pytest.mark.parametrize('shape', [(96, 96), (1, 96, 95), (1, 96, 96, 3), (1, 1, 96, 96, 1)])
+def test_predict_refuses_shapes(recogniser, shape):
+    with pytest.raises(ValueError, match='received'):
+        recogniser.predict(np.zeros(shape))
+
+
+def test_labels_must_fit(small_model):
+    with pytest.raises(ValueError, match='2 labels'):
+        HCCR(small_model, '一二')
+    with pytest.raises(ValueError, match='needs its labels'):
+        HCCR(small_model)
+
+
+def test_show_summary(small_file, capsys):
+    HCCR(small_file, show_summary=True)
+    assert 'conv2d_14' in capsys.readouterr().out
+
+
+def test_read_answers_every_file_in_order(recogniser, tmp_path):
+    paths = []
+    for i in range(BATCH_SIZES[1] + 4):
+        paths.append(tmp_path / f'{i}.png')
+        Image.fromarray(draw_character(50 + i)).save(paths[-1])
+    paths[3].write_bytes(b'no image')
+    Image.new('L', (50, 50), 'white').save(paths[5])
+    paths.insert(7, tmp_path / 'missing.png')
+
+    readings = list(recogniser.read(paths, num_predictions=2))
+    assert [reading.path for reading in readings] == paths
+    assert [i for i, reading in enumerate(readings) if reading.error] == [3, 5, 7]
+    for i, reading in enumerate(readings):
+        assert len(reading.candidates) == (0 if reading.error else 2)
+        assert reading.image is reading.network_input is reading.activation_map is None
+        if not reading.error:
+            expected = recogniser.predict(network_input(draw_character(50 + int(paths[i].stem)))[None], 2)
+            assert [c.character for c in reading.candidates] == list(expected[0][:, 0])
+            assert np.allclose([c.probability for c in reading.candidates], expected[1][:, 0], atol=1e-5)
+    assert list(recogniser.read([])) == []
+
+
+def test_read_gives_what_figures_need(recogniser, tmp_path):
+    Image.fromarray(draw_character(1000)).save(tmp_path / 'a.png')
+    (reading,) = recogniser.read([tmp_path / 'a.png'], with_images=True)
+    assert reading.image.shape == (512, 512, 3)
+    assert np.array_equal(reading.network_input, network_input(draw_character(1000)))
+    assert reading.activation_map.shape == (96, 96)
+
+
+def test_read_starts_before_it_knows_all_files(recogniser, tmp_path):
+    Image.fromarray(draw_character()).save(tmp_path / 'a.png')
+
+    def endless():
+        while True:
+            yield tmp_path / 'a.png'
+
+    readings = recogniser.read(endless())
+    for _ in range(20):
+        assert next(readings).candidates
+    readings.close()
