@@ -46,15 +46,18 @@ def _has_characters(path: str, sample: str = '啊鲍龟座镊') -> bool:
     from matplotlib.ft2font import FT2Font
 
     try:
-        characters = FT2Font(path).get_charmap()
+        glyphs = FT2Font(path).get_charmap()
     except (OSError, RuntimeError):  # an unreadable or broken font file
         return False
-    return all(ord(character) in characters for character in sample)
+    # A font of last resort has one box for all of them.
+    return len({glyphs.get(ord(character)) for character in sample} - {None}) == len(sample)
 
 
-def shown(character: str) -> str:
-    """Return a character as a figure can show it: itself, or `'U+9C8D'` where no font has it."""
-    return character if cjk_font() else code_point(character)
+def shown(text: str) -> str:
+    """Return a text as a figure can show it: itself, or with `U+9C8D` for a character that no font here has."""
+    if cjk_font():
+        return text
+    return ''.join(character if character.isascii() else code_point(character) for character in text)
 
 
 def answer_figure(image: np.ndarray, network_input: np.ndarray, activation_map: np.ndarray, character: str):
@@ -100,8 +103,10 @@ def overview_figure(entries: list[tuple[np.ndarray | None, str, str]]):
     for axes, (image, title, caption) in zip(grid.flat, entries, strict=False):
         if image is not None:
             axes.imshow(image, cmap='gray', vmin=0, vmax=255)
-        axes.set_title(title, font=cjk_font(), fontsize=12)
-        axes.text(0.5, -0.04, caption, font=cjk_font(), fontsize=6, ha='center', va='top', transform=axes.transAxes)
+        axes.set_title(shown(title), font=cjk_font(), fontsize=12)
+        axes.text(
+            0.5, -0.04, shown(caption), font=cjk_font(), fontsize=6, ha='center', va='top', transform=axes.transAxes
+        )
     return figure
 
 

@@ -286,14 +286,13 @@ class Plotter:
 
 
 def _overview_entry(reading):
-    import figures
     from data_utils import printable
 
     if reading.error:
         return None, '–', printable(reading.path.name)
     best = reading.candidates[0]
     doubt = '' if reading.is_sure else '?'
-    title = f'{figures.shown(best.character)}{doubt} {best.probability:.0%}'
+    title = f'{best.character}{doubt} {best.probability:.0%}'
     return reading.image, title, printable(reading.path.name)
 
 

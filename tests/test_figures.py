@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,8 +33,10 @@ def test_answer_figure(tmp_path, font, character):
 
 @pytest.mark.filterwarnings('error:Glyph')
 def test_no_glyph_is_missing_in_a_title(tmp_path, font):
-    title = f'{figures.shown("鲍")} 99%'
-    figures.save(figures.overview_figure([(None, title, 'a.png')]), tmp_path / 'a.png')
+    figure = figures.overview_figure([(None, '鲍 99%', '鲍.png')])
+    figures.save(figure, tmp_path / 'a.png')
+    caption = figure.axes[0].texts[0].get_text()
+    assert caption == ('鲍.png' if figures.cjk_font() else 'U+9C8D.png')
 
 
 @pytest.mark.parametrize('count', [1, 3, 9, figures.OVERVIEW_SIZE])
@@ -47,6 +52,8 @@ def test_a_font_without_the_characters_is_not_taken():
 
     assert not figures._has_characters(font_manager.findfont('DejaVu Sans'))
     assert not figures._has_characters(__file__)
+    last_resort = Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'LastResortHE-Regular.ttf')
+    assert not last_resort.exists() or not figures._has_characters(str(last_resort))
 
 
 def test_save_leaves_the_old_file_where_it_fails(tmp_path):
