@@ -111,7 +111,8 @@ def printable(text) -> str:
 def written_aside(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file so that nobody ever sees half of it: give a path beside it, and rename that at the end.
 
-    Whatever goes wrong meanwhile, an older file stays as it was, and nothing is left lying about.
+    Whatever goes wrong meanwhile, an older file stays as it was, and nothing is left lying about. Where the process is
+    killed, what lies about is written over the next time.
 
     Args:
         path: Where the file is to be. Its folder exists.
@@ -120,7 +121,7 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
         The path to write to, with the same suffix.
     """
     path = Path(path)
-    aside = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    aside = path.with_name(f'.{path.stem}.part{path.suffix}')
     try:
         yield aside
         aside.replace(path)

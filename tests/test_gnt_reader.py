@@ -595,7 +595,7 @@ def test_export_resumes_where_it_was_killed(tmp_path, casia, monkeypatch):
 
     def killed(path, image):
         if not left[0]:
-            path.with_name(f'.{path.name}.part').write_bytes(b'half an image')
+            path.with_name(f'.{path.stem}.part{path.suffix}').write_bytes(b'half an image')
             raise KeyboardInterrupt
         left[0] -= 1
         written(path, image)
