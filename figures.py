@@ -12,7 +12,7 @@ import numpy as np
 from data_utils import code_point, written_aside
 
 # Fonts with all 3755 characters, commonest first; any other font that has them is found after these.
-_CJK_FONTS = [
+CJK_FONTS = [
     *('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Microsoft YaHei', 'SimHei', 'SimSun'),
     *('PingFang SC', 'Hiragino Sans GB', 'STHeiti', 'Songti SC', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei'),
     *('Noto Sans CJK JP', 'Noto Serif CJK SC', 'Arial Unicode MS', 'LXGW WenKai', 'AR PL UMing CN', 'AR PL UKai CN'),
@@ -32,7 +32,7 @@ def cjk_font():
 
     fonts = sorted(
         font_manager.fontManager.ttflist,
-        key=lambda font: _CJK_FONTS.index(font.name) if font.name in _CJK_FONTS else len(_CJK_FONTS),
+        key=lambda font: CJK_FONTS.index(font.name) if font.name in CJK_FONTS else len(CJK_FONTS),
     )
     tried = set()
     for font in fonts:

@@ -156,14 +156,17 @@ class HCCR:
         """
         return self._run(self._checked(inputs), with_maps=False)[0]
 
-    def read(self, paths: Iterable[str | os.PathLike], num_predictions=5, with_images=False) -> Iterator[Reading]:
+    def read(
+        self, paths: Iterable[str | os.PathLike | np.ndarray], num_predictions=5, with_images=False
+    ) -> Iterator[Reading]:
         """Recognise image files, in their order and in bounded memory.
 
         Files are opened in threads while the network works. A file that cannot be read gives a `Reading` with an error
         and does not stop the others.
 
         Args:
-            paths: Image files; `data_utils.find_images` finds them in folders.
+            paths: Image files; `data_utils.find_images` finds them in folders. A picture that is open already, as
+                `data_utils.open_image` returns it, is read as its file would be; its reading has an empty path.
             num_predictions: How many candidates for each image. Defaults to `5`.
             with_images: Whether readings carry the picture, the network input and the activation map. Defaults to
                 `False`.
@@ -184,10 +187,11 @@ class HCCR:
             yield from self._readings(batch, num_predictions, with_images)
 
     def _prepared(self, paths, with_images):
-        def prepare(path):
-            path = Path(path)
+        def prepare(source):
+            is_open = isinstance(source, np.ndarray)
+            path = Path() if is_open else Path(source)
             try:
-                picture = open_image(path)
+                picture = source if is_open else open_image(path)
                 reading = Reading(path, network_input=network_input(picture, self.crop, self.size))
                 return reading._replace(image=_thumbnail(picture)) if with_images else reading
             except ImageError as error:

@@ -63,14 +63,14 @@ class AnswerError(ValueError):
     """An answer that cannot be used. Its text says what is wrong."""
 
 
-def ask(question: str, parse: Callable, default: str, read: Callable[[str], str] = input):
+def ask(question: str, parse: Callable, default: str, read: Callable[[], str] = input):
     """Ask until the answer can be used.
 
     Args:
         question: Printed before the answer is read.
         parse: Turns the answer into a value, or raises an exception whose text explains.
         default: What Enter alone stands for.
-        read: Prints a question and returns an answer without its line end. Defaults to `input`.
+        read: Returns an answer without its line end. Defaults to `input`.
 
     Returns:
         The value.
@@ -79,7 +79,9 @@ def ask(question: str, parse: Callable, default: str, read: Callable[[str], str]
         EOFError, KeyboardInterrupt: If the user leaves.
     """
     while True:
-        answer = read(question).strip()
+        # Not by `input`, which writes to file descriptor 2 on a terminal: see `_quiet_libraries`.
+        print(question, end='', flush=True)
+        answer = read().strip()
         try:
             return parse(answer or default)
         except AnswerError as error:
@@ -363,9 +365,13 @@ class Loading:
         return self._recogniser
 
 
-def dialogue(loading: Loading, plot: str, read: Callable[[str], str] = input) -> int:
+def dialogue(loading: Loading, plot: str | None, read: Callable[[], str] = input) -> int:
     """Hold the original's dialogue and return the exit status."""
     print(BANNER)
+    if plot is None:
+        plot = 'show' if has_display() else 'off'
+        if plot == 'off':
+            print('There is no display, so no figures are shown; --plot FOLDER saves them.', file=sys.stderr)
     if ask('Show Melnyk-Net summary? [Y/n] ', parse_yes, 'y', read):
         loading.result().model.summary()
     status = EXIT_OK
@@ -389,8 +395,20 @@ def dialogue(loading: Loading, plot: str, read: Callable[[str], str] = input) ->
 
 
 def default_source() -> str:
-    """Return the folder of sample images, beside the program wherever it is started from."""
-    return str(Path(__file__).with_name(DEFAULT_SOURCE))
+    """Return the folder of sample images, which lies beside the program wherever that is started from."""
+    folder = Path(__file__).with_name(DEFAULT_SOURCE)
+    with contextlib.suppress(ValueError):
+        folder = folder.relative_to(Path.cwd())
+    return str(folder)
+
+
+def has_display() -> bool:
+    """Whether figures can be shown in a window here."""
+    if os.environ.get('MPLBACKEND', '').lower() in ('agg', 'pdf', 'svg', 'ps', 'cairo', 'template'):
+        return False
+    if sys.platform.startswith(('win', 'darwin')):
+        return True
+    return bool(os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'))
 
 
 def recognise(loading: Loading, options: argparse.Namespace) -> int:
@@ -451,22 +469,6 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def has_display() -> bool:
-    """Whether figures can be shown in a window here."""
-    if os.environ.get('MPLBACKEND', '').lower() in ('agg', 'pdf', 'svg', 'ps', 'cairo', 'template'):
-        return False
-    if sys.platform.startswith(('win', 'darwin')):
-        return True
-    return bool(os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'))
-
-
-def _dialogue_plot(plot: str | None) -> str:
-    if plot is None and not has_display():
-        print('There is no display, so no figures are shown; --plot FOLDER saves them.', file=sys.stderr)
-        return 'off'
-    return plot or 'show'
-
-
 @contextlib.contextmanager
 def _quiet_libraries():
     """Keep what compiled libraries write straight to file descriptor 2 off the terminal, while they start.
@@ -491,8 +493,8 @@ def _quiet_libraries():
         os.close(terminal)
 
 
-def _move_stderr() -> None:
-    """Give `sys.stderr` a file descriptor of its own. See `_quiet_libraries`."""
+def move_stderr() -> None:
+    """Give `sys.stderr` a file descriptor of its own, so that `Loading` can keep libraries off the terminal."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if sys.stderr.fileno() == 2:
             sys.stderr = open(os.dup(2), 'w', encoding=sys.stderr.encoding, errors='backslashreplace', buffering=1)  # noqa: SIM115
@@ -511,7 +513,7 @@ def main(arguments: list[str] | None = None) -> int:
     _reconfigure(sys.stderr, errors='backslashreplace')
     loading = Loading(options.model, crop=not options.whole_page)
     try:
-        status = recognise(loading, options) if options.sources else dialogue(loading, _dialogue_plot(options.plot))
+        status = recognise(loading, options) if options.sources else dialogue(loading, options.plot)
     except EOFError:
         print(f'\n{FAREWELL}')
         status = EXIT_OK
@@ -529,6 +531,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f'main.py: {printable(error)}', file=sys.stderr)
         status = EXIT_ERROR
+    return leave(status, loading)
+
+
+def leave(status: int, loading: Loading) -> int:
+    """Return the exit status, or end the process with it where the network is still loading."""
     if loading.unfinished:
         # The interpreter must not be taken down under a half-imported library.
         sys.stdout.flush()
@@ -538,5 +545,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    _move_stderr()
+    move_stderr()
     sys.exit(main())

@@ -45,8 +45,7 @@ def reader(*answers):
     """Stand in for `input`: give these answers, then the end of input."""
     left = list(answers)
 
-    def read(question):
-        print(question, end='')
+    def read():
         if not left:
             raise EOFError
         if isinstance(left[0], BaseException):
@@ -166,19 +165,17 @@ def test_end_of_input_in_a_real_process(small_file):
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals are sent otherwise there')
 def test_ctrl_c_in_a_real_process(small_file):
-    process = subprocess.Popen(
-        [sys.executable, '-u', ROOT / 'main.py', '--model', small_file],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while 'summary?' not in (text := process.stdout.read(1) + os.read(process.stdout.fileno(), 4096).decode()):
-        assert text
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    command = [sys.executable, ROOT / 'main.py', '--model', small_file]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        shown = b''
+        while b'summary?' not in shown:
+            shown += (part := os.read(process.stdout.fileno(), 4096))
+            assert part
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert 'Traceback' not in output + errors
+    assert b'Traceback' not in output + errors
 
 
 # --- The command line
