@@ -30,6 +30,7 @@ from data_utils import (
     whiten,
     written_aside,
 )
+from papers import PAPERS, grainy, lit, on_page, ruled
 
 
 def difference(first, second) -> float:
@@ -256,66 +257,6 @@ def test_a_clean_scan_is_left_as_it_is(character):
     assert np.array_equal(whiten(character) == 255, character >= 250)
 
 
-def on_page(character, side=240, at=(60, 90)) -> np.ndarray:
-    page = np.full((side, side), 255, np.uint8)
-    page[at[0] : at[0] + 100, at[1] : at[1] + 100] = character
-    return page
-
-
-def coloured(page, paper) -> np.ndarray:
-    return (page[..., None] * (np.array(paper) / 255)).astype(np.uint8)
-
-
-def lit(page, darkest=0.4) -> np.ndarray:
-    slope = np.linspace(1, darkest, page.shape[1])[None] * np.linspace(1, 0.8, page.shape[0])[:, None]
-    return (page * slope).astype(np.uint8)
-
-
-def shadowed(page) -> np.ndarray:
-    light = np.where(np.arange(page.shape[1]) < 0.55 * page.shape[1], 0.55, 1.0)
-    return (page * light).astype(np.uint8)
-
-
-def grainy(page, sigma=6) -> np.ndarray:
-    noise = np.random.default_rng(0).normal(0, sigma, page.shape)
-    return np.clip(page * 0.92 + noise, 0, 255).astype(np.uint8)
-
-
-def with_lines(page, colour, boxed) -> np.ndarray:
-    height, width = page.shape
-    lines = np.full((height, width, 3), 255)
-    if boxed:  # 田字格
-        for at in (20, height // 2, height - 20):
-            lines[at : at + 2, 20 : width - 20] = colour
-            lines[20 : height - 20, at : at + 2] = colour
-    else:
-        for at in range(15, height, 40):
-            lines[at : at + 2] = colour
-    return np.minimum(page[..., None], lines).astype(np.uint8)
-
-
-PAPERS = {
-    'a large white page': lambda ink: on_page(ink, 1500, (200, 1100)),
-    'yellow paper': lambda ink: coloured(on_page(ink), (250, 225, 150)),
-    'blue paper': lambda ink: coloured(on_page(ink), (150, 180, 250)),
-    'dark paper': lambda ink: 255 - on_page(ink),
-    'a dark tight crop': lambda ink: 255 - ink,
-    'dark green board': lambda ink: np.array((20, 70, 40), np.uint8) + (255 - coloured(on_page(ink), (255,) * 3)) // 2,
-    'light from one side': lambda ink: lit(on_page(ink)),
-    'light from one side on a tight crop': lambda ink: lit(ink),
-    'the edge of a shadow': lambda ink: shadowed(on_page(ink)),
-    'grain': lambda ink: grainy(lit(on_page(ink))),
-    'red ruled paper': lambda ink: with_lines(on_page(ink), (225, 90, 90), boxed=False),
-    'black ruled paper': lambda ink: with_lines(on_page(ink), (30, 30, 30), boxed=False),
-    'a red grid': lambda ink: with_lines(on_page(ink), (225, 90, 90), boxed=True),
-    'a black grid': lambda ink: with_lines(on_page(ink), (30, 30, 30), boxed=True),
-    'a faint pencil': lambda ink: (255 - (255 - on_page(ink).astype(int)) // 5).astype(np.uint8),
-    'dust': lambda ink: np.minimum(
-        on_page(ink), np.where(np.random.default_rng(1).random((240, 240)) < 4e-4, 90, 255)
-    ).astype(np.uint8),
-}
-
-
 @pytest.mark.parametrize('paper', PAPERS)
 def test_papers_give_the_input_of_the_plain_scan(character, paper):
     # Ink moved by half a pixel differs by 0.2; a wrong crop, a leftover line or inverted paper by 0.8 and more.
@@ -325,8 +266,8 @@ def test_papers_give_the_input_of_the_plain_scan(character, paper):
 def test_red_ink_on_blue_lines(character):
     page = on_page(character)
     red = np.stack([np.maximum(page, 200), page, page], axis=-1)
-    ruled = np.minimum(red, with_lines(np.full_like(page, 255), (150, 180, 235), boxed=False))
-    assert difference(network_input(character), network_input(ruled)) < 0.3
+    page = np.minimum(red, ruled(np.full_like(page, 255), (150, 180, 235)))
+    assert difference(network_input(character), network_input(page)) < 0.3
 
 
 def test_lines_that_a_hand_draws_stay():
@@ -376,7 +317,7 @@ def test_a_tiny_glyph_on_a_huge_page():
 
 
 def test_arguments_are_not_changed(character):
-    page = with_lines(on_page(character), (30, 30, 30), boxed=True)
+    page = PAPERS['black grid'](character)
     before = page.copy()
     network_input(page)
     assert np.array_equal(page, before)
