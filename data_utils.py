@@ -259,6 +259,9 @@ _FAINT_CONTRAST = 110
 # On a page that is no clean scan, what has less than this part of the ink's contrast counts as paper.
 _SOFT_EDGE = 0.15
 
+# Printed lines are looked for on pages of at least this many pixels; CASIA's tight crops are smaller.
+_RULED_PAGE = 140
+
 # A blot that has less than this part of all ink is dust; the smallest dot of a character has several times more.
 _DUST = 0.004
 
@@ -421,8 +424,8 @@ def whiten(gray: np.ndarray) -> np.ndarray:
         flat = ndimage.median_filter(flat, 3, mode='nearest')
         level, spread = _paper_statistics(flat)
 
-    strong = flat <= min(otsu_threshold(flat), level - max(_MIN_CONTRAST, _MIN_CONTRAST_SPREAD * spread))
-    strong = _without_lines(strong)
+    marks = flat <= min(otsu_threshold(flat), level - max(_MIN_CONTRAST, _MIN_CONTRAST_SPREAD * spread))
+    strong = _without_lines(marks)
     if not strong.any():
         raise NoInkError('nothing is written on it, or it is too faint: use a darker pen or more light')
 
@@ -433,6 +436,8 @@ def whiten(gray: np.ndarray) -> np.ndarray:
     near = ndimage.binary_dilation(strong, iterations=max(1, round(max(gray.shape) / 100)))
     if np.count_nonzero(ink & ~near) > 0.3 * np.count_nonzero(strong):
         ink &= near  # something else is there that is fainter than the writing: printed lines, the other side
+    if np.count_nonzero(marks) > np.count_nonzero(strong):
+        ink &= strong | ~ndimage.binary_dilation(marks & ~strong)  # the lines go with their soft edges
     blots, count = ndimage.label(ink, structure=np.ones((3, 3)))
     darkness = ndimage.sum_labels(np.where(strong, 255.0 - flat, 0), blots, np.arange(count + 1))
     darkness[0] = 0
@@ -445,7 +450,12 @@ def whiten(gray: np.ndarray) -> np.ndarray:
 
 def _paper_statistics(flat: np.ndarray) -> tuple[float, float]:
     """Return the level of the paper and its spread towards the dark, one standard deviation."""
-    paper = flat[flat > otsu_threshold(flat)]
+    from scipy import ndimage
+
+    dark = flat <= otsu_threshold(flat)
+    # Two pixels away from all ink, whose soft edges are no grain of the paper; unless there is no such place.
+    away = ~ndimage.binary_dilation(dark, iterations=2)
+    paper = flat[away if np.count_nonzero(away) > 0.02 * flat.size else ~dark]
     if not paper.size:
         return float(flat.flat[0]), 0.0
     median, low = np.percentile(paper, (50, 16))
@@ -455,8 +465,11 @@ def _paper_statistics(flat: np.ndarray) -> tuple[float, float]:
 def _without_lines(ink: np.ndarray) -> np.ndarray:
     """Remove the printed lines of ruled or 田字格 paper from a mask of ink, and keep the strokes that cross them.
 
-    A printed line is what no hand draws: along one row of pixels over more than half the page, thin, and not alone.
+    A printed line is what no hand draws: along one row of pixels over more than half the page, thin, and not alone. On
+    a small picture, a tight crop, every stroke would be as thin.
     """
+    if max(ink.shape) < _RULED_PAGE:
+        return ink
     rows, columns = _line_rows(ink), _line_rows(ink.T)
     if len(rows) + len(columns) < 2:
         return ink
@@ -472,10 +485,13 @@ def _without_lines(ink: np.ndarray) -> np.ndarray:
 
 def _line_rows(ink: np.ndarray) -> list[tuple[int, int]]:
     """Return the bands of rows `(start, stop)` that a thin straight line fills over more than half the width."""
-    full = ink.mean(axis=1) > 0.55
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], full, [False]))))
+    share = ink.mean(axis=1)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], share > 0.55, [False]))))
     thin = max(1.0, 0.015 * max(ink.shape))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a <= thin]
+    # Two rows away from a line there is paper; beside the middle of a slanted stroke there is more of the stroke.
+    share = np.pad(share, 2)
+    bands = ((int(start), int(stop)) for start, stop in edges.reshape(-1, 2))
+    return [(a, b) for a, b in bands if b - a <= thin and max(share[a], share[b + 3]) < 0.4]
 
 
 def crop_to_ink(gray: np.ndarray) -> np.ndarray:

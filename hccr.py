@@ -249,7 +249,7 @@ class HCCR:
             rows = _tempered(np.asarray(rows)[: len(part)], self.temperature)
             probabilities.append(rows)
             if with_maps:
-                small = self._mapper.maps(features[: len(part)], rows.argmax(axis=1))
+                small = self._mapper.maps(features[: len(part)], rows.argmax(axis=1), relative=True)
                 maps.extend(enlarge(one, part.shape[1:])[None] for one in small)
         return np.concatenate(probabilities), np.concatenate(maps) if with_maps else None
 

@@ -247,7 +247,7 @@ class ActivationMapper:
         self._pooling, self._classifier = poolings[-1], dense[-1]
         self.extractor = keras.Model(model.inputs[0], [self._pooling.input, model.output])
 
-    def maps(self, features, classes) -> np.ndarray:
+    def maps(self, features, classes, relative: bool = False) -> np.ndarray:
         """Return the class activation maps of a batch.
 
         `M_c[x, y] = Σ_k W[x, y, k] · f[x, y, k] · w[k, c]` with the pooling's `W` and the classifier's `w`: the part of
@@ -256,6 +256,8 @@ class ActivationMapper:
         Args:
             features: `(batch, height, width, channels)` array, the first output of `extractor`.
             classes: `batch` class indices.
+            relative: Whether to take off the mean of the maps of all classes. A softmax does not see what all classes
+                share, and in a map it hides what speaks for this one. Defaults to `False`, the paper's map.
 
         Returns:
             float32 array of shape `(batch, height, width)`, 6×6 for an image of 96×96; any sign, not scaled.
@@ -267,7 +269,10 @@ class ActivationMapper:
             weight = ops.convert_to_numpy(self._pooling.W)
         else:  # the mean weighs every position alike
             weight = np.float32(1 / (features.shape[1] * features.shape[2]))
-        kernel = ops.convert_to_numpy(self._classifier.kernel)[:, list(classes)]
+        kernel = ops.convert_to_numpy(self._classifier.kernel)
+        if relative:
+            kernel = kernel - kernel.mean(axis=1, keepdims=True)
+        kernel = kernel[:, list(classes)]
         return np.einsum('bxyk,kb->bxy', features * weight, kernel)
 
 

@@ -561,7 +561,8 @@ def test_empty_source(tmp_path):
 def exported(folder):
     """Every image of an export as (character, pixels), read back by folder names."""
     return sorted(
-        (folder_character(path.parent.name), np.asarray(Image.open(path)).tolist()) for path in folder.rglob('[!.]*.png')
+        (folder_character(path.parent.name), np.asarray(Image.open(path)).tolist())
+        for path in folder.rglob('[!.]*.png')
     )
 
 

@@ -115,6 +115,9 @@ def test_class_activation_map_adds_up_to_the_score(global_average_type):
     for index in range(3):
         # By its definition, the map of a class sums to the class's score less the bias.
         assert mapper.maps(features, [index]).sum() == pytest.approx(scores[index], rel=1e-3)
+    relative = np.stack([mapper.maps(features, [index], relative=True)[0] for index in range(3)])
+    assert np.abs(relative.sum(axis=0)).max() < 1e-3 * np.abs(relative).max()
+    assert np.argmax(relative.sum(axis=(1, 2))) == np.argmax(scores)
     enlarged = class_activation_map(model, image, 1)
     assert enlarged.shape == (48, 48)
     assert enlarged.dtype == np.float32
