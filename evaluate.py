@@ -1,0 +1,679 @@
+"""Measures a model on labelled samples: how often it is right, how well it knows that, and where it goes wrong.
+
+    python evaluate.py --model melnyk_net.h5 samples.npz              arrays `images`, `chars` and, if there, `writers`
+    python evaluate.py --model melnyk_net.h5 competition-gnt.zip      GNT files, folders or archives
+    python evaluate.py --model melnyk_net.h5 images/                  pictures named by their character, or in folders
+    python evaluate.py --model melnyk_net.h5 samples.npz --fit-temperature calibrated.h5
+    python evaluate.py --model melnyk_net.h5 samples.npz --papers     the same scans on coloured, ruled, shaded … paper
+    python evaluate.py --benchmark mnist.npz --epochs 5               the architecture on MNIST or Fashion-MNIST
+
+The figures go to stdout. The folder of --out receives summary.json, writers.csv, classes.csv, confused.csv,
+reliability.png and mistakes.png (the worst ones: wrong, and sure of it).
+"""
+
+import argparse
+import csv
+import gzip
+import heapq
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_utils import (
+    LABEL_INDEX,
+    ImageError,
+    NoInkError,
+    crop_to_ink,
+    find_images,
+    fit,
+    network_input,
+    open_image,
+    written_aside,
+)
+from gnt_reader import GntError, folder_character, gnt_members, read_gnt
+
+BINS = 15  # of the calibration: Guo et al., "On calibration of modern neural networks", ICML 2017
+TOP = 10  # candidates that are kept of each sample
+CHUNK = 1024  # samples in memory at a time
+GALLERY = 96  # mistakes in the picture
+
+
+class DataError(ValueError):
+    """Samples that cannot be measured with; the text says which and what to do next."""
+
+
+class Samples(NamedTuple):
+    """Labelled samples."""
+
+    images: np.ndarray
+    """(n, size, size) uint8 network input: ink bright on 0."""
+    labels: np.ndarray
+    """(n,) int32 class indices."""
+    writers: np.ndarray
+    """(n,) str: who wrote it, '' where unknown."""
+
+
+# --- Reading labelled samples ----------------------------------------------------------------------------------------
+
+
+def iterate_samples(
+    paths: Iterable[str | Path], size: int = 96, report: Callable[[str], None] | None = None
+) -> Iterator[Samples]:
+    """Read labelled samples of any kind, some at a time, so that memory stays bounded.
+
+    Args:
+        paths: `.npz` files; `.gnt` files, `.zip` archives of them and folders that hold some; folders and files of
+            pictures, whose character is the name of their folder or begins their own name (`鲍.png`, `鲍_2.png`).
+        size: Side of the network input.
+        report: Called with a text about each source of which something was left out. Defaults to silence.
+
+    Yields:
+        `Samples`, at most 1024 at a time.
+
+    Raises:
+        DataError, GntError, FileNotFoundError: If a source cannot be used.
+    """
+    for path in map(Path, paths):
+        left_out, images, labels, writers = Counter(), [], [], []
+        for image, character, writer in _read(path.expanduser(), size, left_out):
+            if character not in LABEL_INDEX:
+                left_out['of other characters'] += 1
+                continue
+            images.append(image)
+            labels.append(LABEL_INDEX[character])
+            writers.append(writer)
+            if len(images) == CHUNK:
+                yield _samples(images, labels, writers)
+                images, labels, writers = [], [], []
+        if images:
+            yield _samples(images, labels, writers)
+        if left_out and report:
+            report(f'{path}: left out {", ".join(f"{count} {why}" for why, count in left_out.items())}')
+
+
+def _samples(images, labels, writers) -> Samples:
+    return Samples(np.stack(images), np.array(labels, np.int32), np.array(writers))
+
+
+def read_samples(paths: Iterable[str | Path], size: int = 96) -> Samples:
+    """Read labelled samples of any kind at once; see `iterate_samples`.
+
+    Raises:
+        DataError: Also if there are none.
+    """
+    paths = list(paths)
+    chunks = list(iterate_samples(paths, size))
+    if not chunks:
+        raise DataError(f'{", ".join(map(str, paths))}: no sample of the 3755 characters; give other data')
+    return Samples(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+
+def _read(path: Path, size: int, left_out: Counter) -> Iterator[tuple[np.ndarray, str, str]]:
+    """Give (network input, character, writer) of each sample of one source."""
+    if path.suffix.lower() != '.npz' and not _holds_gnt(path):
+        yield from _pictures(path, size, left_out)
+        return
+    # Scans have white paper: only the last two steps of what a picture goes through.
+    for image, character, writer in _scans(path):
+        try:
+            yield fit(crop_to_ink(image), size), character, writer
+        except NoInkError:
+            left_out['blank'] += 1
+
+
+def _scans(path: Path) -> Iterator[tuple[np.ndarray, str | None, str]]:
+    """Give (gray scan, character, writer) of each sample of an npz or GNT source."""
+    if path.suffix.lower() == '.npz':
+        yield from _npz(path)
+        return
+    for member in gnt_members(path):
+        for record in read_gnt(member):
+            yield record.image, record.character, member.writer
+
+
+def _npz(path: Path) -> Iterator[tuple[np.ndarray, str, str]]:
+    try:
+        with np.load(path) as data:
+            images, characters = data['images'], data['chars']
+            writers = data['writers'] if 'writers' in data else np.full(len(characters), '')
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f'{path}: arrays `images` and `chars` are expected ({error})') from error
+    if images.ndim != 3 or images.dtype != np.uint8 or not len(images) == len(characters) == len(writers):
+        raise DataError(
+            f'{path}: `images` is (n, height, width) uint8 on white paper, and `chars` and `writers` are as long; '
+            f'received {images.dtype} {images.shape}, {characters.shape} and {writers.shape}'
+        )
+    return zip(images, map(str, characters), map(str, writers), strict=True)
+
+
+def _holds_gnt(path: Path) -> bool:
+    if path.is_dir():
+        return any(found.suffix.lower() in ('.gnt', '.zip') for found in path.rglob('*'))
+    return path.suffix.lower() in ('.gnt', '.zip')
+
+
+def _pictures(path: Path, size: int, left_out: Counter) -> Iterator[tuple[np.ndarray, str, str]]:
+    for file in find_images([path]):
+        character = named_character(file)
+        if character is None:
+            left_out['without a character in their name'] += 1
+            continue
+        try:
+            yield network_input(open_image(file), size=size), character, ''
+        except ImageError:
+            left_out['unreadable'] += 1
+
+
+def named_character(file: Path) -> str | None:
+    """Return the character that a picture is named by: its folder's, else the first of its own name, or None.
+
+    `鲍/0017.png` and `B1AB/0017.png` (as `gnt_reader.py export` names them), `鲍.png`, `鲍_2.png`.
+    """
+    character = folder_character(file.parent.name)
+    if character in LABEL_INDEX:
+        return character
+    first = re.match(r'(.)(?![^\W\d_])', file.stem)  # not the first letter of a longer word
+    return first[1] if first and first[1] in LABEL_INDEX else None
+
+
+# --- Measures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answers:
+    """What a model answered to n labelled samples.
+
+    Attributes:
+        labels: (n,) int32 class indices.
+        writers: (n,) str.
+        ranks: (n,) int32: how many classes were likelier than the true one; 0 is a right answer.
+        best: (n,) int32: the class of the first answer.
+        confidence: (n,) float32: its probability.
+        true_probability: (n,) float32: the probability of the true class.
+    """
+
+    labels: np.ndarray
+    writers: np.ndarray
+    ranks: np.ndarray
+    best: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    @classmethod
+    def of(cls, probabilities: np.ndarray, labels: np.ndarray, writers: np.ndarray) -> 'Answers':
+        """Reduce (n, classes) probabilities to what is measured."""
+        rows = np.arange(len(labels))
+        true = probabilities[rows, labels]
+        best = probabilities.argmax(axis=1).astype(np.int32)
+        # A class as likely as the true one counts before it, unless it is the true one: no credit for constant output.
+        ranks = (probabilities >= true[:, None]).sum(axis=1).astype(np.int32) - 1
+        return cls(labels, writers, ranks, best, probabilities[rows, best], true)
+
+    @classmethod
+    def joined(cls, parts: Sequence['Answers']) -> 'Answers':
+        """Join the answers to several batches."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    def select(self, which: np.ndarray) -> 'Answers':
+        """Return the answers to some of the samples."""
+        return Answers(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    def top(self, k: int) -> float:
+        """Return the share of samples whose true class is among the first k, 0..1."""
+        return float((self.ranks < k).mean())
+
+    @property
+    def is_right(self) -> np.ndarray:
+        return self.ranks == 0
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How confidence and accuracy go together, in bins of equal width of the confidence."""
+
+    count: np.ndarray
+    """(bins,) int: samples in a bin."""
+    confidence: np.ndarray
+    """(bins,) mean confidence; 0 where the bin is empty."""
+    accuracy: np.ndarray
+    """(bins,) share that is right; 0 where the bin is empty."""
+
+    @property
+    def expected_error(self) -> float:
+        """The expected calibration error: the mean distance of the two over all samples, 0..1."""
+        return float(np.sum(self.count * np.abs(self.confidence - self.accuracy)) / max(1, self.count.sum()))
+
+
+def reliability(confidence: np.ndarray, is_right: np.ndarray, bins: int = BINS) -> Reliability:
+    """Bin answers by their confidence.
+
+    Args:
+        confidence: (n,) 0..1.
+        is_right: (n,) bool.
+        bins: number of bins of equal width; a bin holds its upper edge.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    full = np.maximum(count, 1)
+    return Reliability(
+        count,
+        np.bincount(place, confidence, bins) / full,
+        np.bincount(place, is_right.astype(float), bins) / full,
+    )
+
+
+def fit_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return the temperature that makes the labels likeliest: logits divided by it, before the softmax.
+
+    The likelihood has one maximum in the temperature, so a golden-section search finds it.
+
+    Args:
+        log_probabilities: (n, classes) float32 at temperature 1, each row up to a constant.
+        labels: (n,) class indices.
+
+    Returns:
+        A number from 0.05 to 20, to 0.1 %.
+    """
+    shifted = log_probabilities - log_probabilities.max(axis=1, keepdims=True)
+    true = shifted[np.arange(len(labels)), labels]
+
+    def loss(log_temperature: float) -> float:
+        inverse = np.exp(-log_temperature)
+        return float(np.mean(np.log(np.exp(shifted * np.float32(inverse)).sum(axis=1)) - true * inverse))
+
+    low, high = np.log(0.05), np.log(20.0)
+    golden = (np.sqrt(5) - 1) / 2
+    while high - low > 1e-3:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if loss(left) < loss(right):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2))
+
+
+def confused_pairs(answers: Answers, labels: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Return (true character, answer, how often) of the mistakes, commonest first."""
+    wrong = ~answers.is_right
+    pairs = Counter(zip(answers.labels[wrong].tolist(), answers.best[wrong].tolist(), strict=True))
+    return [(labels[true], labels[answer], count) for (true, answer), count in pairs.most_common()]
+
+
+def by_writer(answers: Answers) -> list[dict]:
+    """Return one row a writer: samples and top-1, top-5, top-10 accuracy."""
+    rows = []
+    for writer in np.unique(answers.writers):
+        mine = answers.select(answers.writers == writer)
+        rows.append({'writer': str(writer), 'samples': len(mine.labels), **accuracies(mine)})
+    return rows
+
+
+def by_class(answers: Answers, labels: Sequence[str]) -> list[dict]:
+    """Return one row a class: how many samples were right, how often it was answered, and with what confidence."""
+    classes = len(labels)
+    samples = np.bincount(answers.labels, minlength=classes)
+    right = np.bincount(answers.labels, answers.is_right, classes).astype(int)
+    answered = np.bincount(answers.best, minlength=classes)
+    probability = np.bincount(answers.labels, answers.true_probability, classes)
+    return [
+        {
+            'character': labels[i],
+            'samples': int(samples[i]),
+            'right': int(right[i]),
+            'answered': int(answered[i]),
+            'recall': f'{right[i] / samples[i]:.4f}',
+            'precision': f'{right[i] / answered[i]:.4f}' if answered[i] else '',
+            'mean_probability': f'{probability[i] / samples[i]:.4f}',
+        }
+        for i in np.flatnonzero(samples)
+    ]
+
+
+def accuracies(answers: Answers) -> dict[str, float]:
+    """Return top-1, top-5 and top-10 accuracy, 0..1."""
+    return {f'top{k}': round(answers.top(k), 5) for k in (1, 5, TOP)}
+
+
+def summary(answers: Answers) -> dict[str, float]:
+    """Return the figures of a model in one row."""
+    return {
+        'samples': len(answers.labels),
+        **accuracies(answers),
+        'mean_confidence': round(float(answers.confidence.mean()), 5),
+        'expected_calibration_error': round(reliability(answers.confidence, answers.is_right).expected_error, 5),
+        'log_loss': round(float(-np.log(np.maximum(answers.true_probability, 1e-12)).mean()), 5),
+    }
+
+
+# --- Measuring a model -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gallery:
+    """The worst mistakes so far: those that the model was surest of."""
+
+    size: int = GALLERY
+    _heap: list = field(default_factory=list)
+    _seen: int = 0
+
+    def add(self, answers: Answers, images: np.ndarray) -> None:
+        for i in np.flatnonzero(~answers.is_right):
+            self._seen += 1  # decides between equals, as images cannot be compared
+            item = (float(answers.confidence[i]), -self._seen, int(answers.labels[i]), int(answers.best[i]), images[i])
+            heapq.heappush(self._heap, item)
+            if len(self._heap) > self.size:
+                heapq.heappop(self._heap)
+
+    def items(self) -> list[tuple[float, int, int, np.ndarray]]:
+        """Return (confidence, true class, answer, image), the surest first."""
+        return [(item[0], *item[2:]) for item in sorted(self._heap, key=lambda item: item[:2], reverse=True)]
+
+
+def measure(recogniser, chunks: Iterable[Samples], keep_log_probabilities: int = 0) -> tuple[Answers, Gallery, tuple]:
+    """Let a model answer.
+
+    Args:
+        recogniser: An `hccr.HCCR`.
+        chunks: The samples.
+        keep_log_probabilities: For how many samples at most to keep all log-probabilities (15 KB each).
+
+    Returns:
+        The answers, the worst mistakes, and (log-probabilities, labels) of the samples that they were kept for.
+    """
+    parts, gallery, kept, kept_labels = [], Gallery(), [], []
+    for chunk in chunks:
+        probabilities = recogniser.probabilities(chunk.images)
+        part = Answers.of(probabilities, chunk.labels, chunk.writers)
+        gallery.add(part, chunk.images)
+        parts.append(part)
+        room = keep_log_probabilities - sum(map(len, kept_labels))
+        if room > 0:
+            kept.append(np.log(np.maximum(probabilities[:room], np.finfo(np.float32).tiny)))
+            kept_labels.append(chunk.labels[:room])
+    if not parts:
+        raise DataError('no sample of the 3755 characters; give other data')
+    logs = (np.concatenate(kept), np.concatenate(kept_labels)) if kept else None
+    return Answers.joined(parts), gallery, logs
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure a model file on data, print the figures and write the folder of files."""
+    from hccr import HCCR
+
+    recogniser = HCCR(options.model)
+    labels = recogniser.labels
+
+    def chunks() -> Iterator[Samples]:
+        count = 0
+        for chunk in iterate_samples(options.data, recogniser.size, lambda text: print(text, file=sys.stderr)):
+            yield chunk
+            count += len(chunk.labels)
+            print(f'\r{count:,} samples', end='', file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+
+    if options.fit_temperature is not None:
+        shipped, recogniser.temperature = recogniser.temperature, 1.0
+        _, _, (logs, true) = measure(recogniser, chunks(), keep_log_probabilities=20_000)
+        recogniser.temperature = fit_temperature(logs, true)
+        print(f'temperature {recogniser.temperature:.3f} (the file has {shipped:.3f}), fitted to {len(true):,} samples')
+    answers, gallery, _ = measure(recogniser, chunks())
+
+    print('  '.join(f'{name} {value}' for name, value in summary(answers).items()))
+    for row in by_writer(answers):
+        if row['writer']:
+            print('  '.join(f'{name} {value}' for name, value in row.items()))
+    pairs = confused_pairs(answers, labels)
+    print('most confused:', '  '.join(f'{true}→{answer} ×{count}' for true, answer, count in pairs[:20]))
+
+    if options.fit_temperature:
+        from melnyk_net import save_model
+
+        note = recogniser.info.note
+        save_model(recogniser.model, options.fit_temperature, labels, recogniser.temperature, note)
+        print(f'saved with this temperature: {options.fit_temperature}')
+    write_report(Path(options.out), answers, gallery, labels, {'model': str(options.model), 'data': options.data})
+    print(f'details: {options.out}')
+
+
+def measure_on_papers(options: argparse.Namespace) -> None:
+    """Measure and print how well a model reads the same scans on other papers, prepared as a user's pictures are."""
+    from hccr import HCCR
+    from papers import PAPERS
+
+    recogniser = HCCR(options.model)
+    scans = [
+        (image, LABEL_INDEX[character])
+        for source in map(Path, options.data)
+        for image, character, _ in _scans(source.expanduser())
+        if character in LABEL_INDEX
+    ]
+    # Evenly over all of them, since sources are in the order of the characters.
+    scans = scans[:: -(-len(scans) // options.papers)]
+    if not scans:
+        raise DataError('no scan of the 3755 characters; give npz or GNT data')
+    labels = np.array([label for _, label in scans])
+    print(f'{len(scans):,} samples of each paper\ntop-1    top-5    paper')
+    for name, paper in PAPERS.items():
+        right = np.zeros(2)
+        for start in range(0, len(scans), CHUNK):
+            images = [
+                _prepared(paper(crop_to_ink(image)), recogniser.size) for image, _ in scans[start : start + CHUNK]
+            ]
+            probabilities = recogniser.probabilities(np.stack(images))
+            answers = Answers.of(probabilities, labels[start : start + CHUNK], np.full(len(images), ''))
+            right += len(images) * answers.top(1), len(images) * answers.top(5)
+        top_1, top_5 = 100 * right / len(scans)
+        print(f'{top_1:5.2f} %  {top_5:5.2f} %  {name}', flush=True)
+
+
+def _prepared(picture: np.ndarray, size: int) -> np.ndarray:
+    try:
+        return network_input(picture, size=size)
+    except NoInkError:
+        return np.zeros((size, size), np.uint8)  # nothing found: counts as read wrong
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path, answers: Answers, gallery: Gallery, labels: Sequence[str], about: dict) -> None:
+    """Write the tables and figures of an evaluation; see the module's text."""
+    import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_aside(folder / 'summary.json') as path:
+        path.write_text(json.dumps(about | summary(answers), indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    _write_table(folder / 'writers.csv', by_writer(answers))
+    _write_table(folder / 'classes.csv', by_class(answers, labels))
+    pairs = confused_pairs(answers, labels)
+    _write_table(folder / 'confused.csv', [dict(zip(('true', 'answer', 'count'), pair, strict=True)) for pair in pairs])
+    figures.save(reliability_figure(answers), folder / 'reliability.png')
+    if worst := gallery.items():
+        figures.save(mistakes_figure(worst, labels), folder / 'mistakes.png')
+
+
+def _write_table(path: Path, rows: list[dict]) -> None:
+    with written_aside(path) as aside, aside.open('w', newline='', encoding='utf-8') as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def reliability_figure(answers: Answers):
+    """Draw accuracy against confidence, and how many answers have which confidence."""
+    from matplotlib.figure import Figure
+
+    curve = reliability(answers.confidence, answers.is_right)
+    middle = (np.arange(len(curve.count)) + 0.5) / len(curve.count)
+    figure = Figure(figsize=(5, 6), layout='constrained')
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot((0, 1), (0, 1), color='gray', linestyle='--', label='perfect')
+    full = curve.count > 0
+    top.plot(curve.confidence[full], curve.accuracy[full], marker='o', label='model')
+    top.set_ylabel('share that is right')
+    top.set_title(f'expected calibration error {100 * curve.expected_error:.2f} %')
+    top.legend()
+    bottom.bar(middle, curve.count / curve.count.sum(), width=1 / len(curve.count))
+    bottom.set_xlabel('confidence')
+    bottom.set_ylabel('share of answers')
+    return figure
+
+
+def mistakes_figure(worst: list[tuple[float, int, int, np.ndarray]], labels: Sequence[str]):
+    """Draw mistakes, each titled with its true character / the answer, and with the answer's confidence."""
+    import figures
+
+    return figures.overview_figure(
+        [
+            (
+                255 - image,
+                f'{figures.shown(labels[true])} / {figures.shown(labels[answer])}',
+                f'{100 * confidence:.1f} %',
+            )
+            for confidence, true, answer, image in worst
+        ]
+    )
+
+
+# --- The architecture on MNIST ---------------------------------------------------------------------------------------
+
+
+def read_mnist(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Read MNIST, or a data set of its form such as Fashion-MNIST.
+
+    Args:
+        path: `mnist.npz` as Keras has it, or a folder with the four IDX files, packed (.gz) or not.
+
+    Returns:
+        (training images, training labels, test images, test labels): (n, 28, 28) uint8, ink bright, and (n,) uint8.
+
+    Raises:
+        DataError: If it is neither.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            parts = [_find_idx(path, f'{part}-{kind}') for part in ('train', 't10k') for kind in ('images', 'labels')]
+            return tuple(map(read_idx, parts))
+        with np.load(path) as data:
+            return tuple(data[name] for name in ('x_train', 'y_train', 'x_test', 'y_test'))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f'{path}: neither mnist.npz nor a folder with the four IDX files ({error})') from error
+
+
+def _find_idx(folder: Path, prefix: str) -> Path:
+    found = sorted(folder.glob(f'{prefix}*'))
+    if not found:
+        raise FileNotFoundError(f'no {prefix}-idx?-ubyte[.gz]')
+    return found[0]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file of bytes (Y. LeCun's format): two zeros, type 8, rank, big-endian lengths, the values."""
+    data = path.read_bytes()
+    if data[:2] == b'\x1f\x8b':
+        data = gzip.decompress(data)
+    if data[:3] != b'\0\0\x08':
+        raise ValueError(f'{path.name} is no IDX file of bytes')
+    rank = data[3]
+    shape = np.frombuffer(data, '>u4', rank, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def benchmark(options: argparse.Namespace) -> float:
+    """Train the architecture on MNIST as the original does: SGD 0.01, momentum 0.9, batches of 64; return top-1."""
+    import keras
+
+    from melnyk_net import melnyk_net
+
+    x_train, y_train, x_test, y_test = read_mnist(options.benchmark)
+    keras.utils.set_random_seed(options.seed)
+    model = melnyk_net((*x_train.shape[1:], 1), global_average_type=options.pooling, num_classes=int(y_train.max()) + 1)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), 'sparse_categorical_crossentropy', metrics=['accuracy'])
+    history = model.fit(
+        x_train[..., None],
+        y_train,
+        batch_size=64,
+        epochs=options.epochs,
+        validation_data=(x_test[..., None], y_test),
+        verbose=2,
+    )
+    accuracy = history.history['val_accuracy'][-1]
+    print(
+        f'{Path(options.benchmark).name}: top-1 {100 * accuracy:.2f} % of {len(y_test):,} after {options.epochs} epochs'
+    )
+    return accuracy
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument('data', nargs='*', help='npz, GNT files or archives, folders of pictures named by their character')
+    p.add_argument(
+        '--model',
+        default=Path(__file__).with_name('melnyk_net.h5'),
+        metavar='FILE',
+        help='the model file (default: melnyk_net.h5 beside this program)',
+    )
+    p.add_argument('--out', default='answers/evaluation', metavar='DIR', help='where to (default: answers/evaluation)')
+    p.add_argument(
+        '--fit-temperature',
+        nargs='?',
+        const='',
+        metavar='FILE.h5',
+        help='find the temperature that calibrates the model on this data, and save the model with it',
+    )
+    p.add_argument(
+        '--papers',
+        type=int,
+        nargs='?',
+        const=3000,
+        metavar='N',
+        help='read N of the scans again from coloured, dark, ruled, shaded … paper (default of N: 3000)',
+    )
+    g = p.add_argument_group('the architecture on MNIST or Fashion-MNIST')
+    g.add_argument('--benchmark', metavar='PATH', help='mnist.npz, or a folder with the IDX files')
+    g.add_argument('--epochs', type=int, default=10, help='passes over the training images (default: 10)')
+    g.add_argument('--pooling', choices=('GWAP', 'GWOAP', 'GAP'), default='GWAP', help='global pooling (default: GWAP)')
+    g.add_argument('--seed', type=int, default=0, help='of weights and order (default: 0)')
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    p = parser()
+    options = p.parse_args(arguments)
+    if bool(options.data) == bool(options.benchmark):
+        p.error('give labelled data to measure a model with, or --benchmark PATH')
+    try:
+        if options.benchmark:
+            benchmark(options)
+        elif options.papers:
+            measure_on_papers(options)
+        else:
+            evaluate(options)
+    except (DataError, GntError, FileNotFoundError, ValueError, OSError) as error:
+        print(f'evaluate.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

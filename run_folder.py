@@ -1,0 +1,161 @@
+"""The folder of a training run: what was asked for, what happened, and what is needed to go on.
+
+    config.json    options and recipe
+    log.csv        one row now and then, see FIELDS
+    curves.png     loss and accuracy over the samples seen
+    samples.png    the first samples that the network saw
+    state.npz      weights, optimizer, averages and counters
+    last.h5, best.h5    models
+
+Each file is written aside and renamed: a run that is killed at any moment leaves whole files, and goes on from them.
+"""
+
+import csv
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_utils import written_aside
+
+FIELDS = (
+    'step',
+    'samples',
+    'epoch',
+    'loss',
+    'accuracy',
+    'learning_rate',
+    'val_loss',
+    'val_top1',
+    'val_top5',
+    'images_per_second',
+    'seconds',
+)
+
+
+class RunFolderError(RuntimeError):
+    """A run folder that cannot be used; the text says why and what to do next."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.rows: list[dict] = []
+
+    def start(self, config: dict) -> None:
+        """Make the folder and keep the configuration.
+
+        Raises:
+            RunFolderError: If it holds a run, which is not overwritten.
+        """
+        if (self.path / 'config.json').exists():
+            raise RunFolderError(f'{self.path} holds a run; go on with --resume {self.path}, or name another --out')
+        self.path.mkdir(parents=True, exist_ok=True)
+        with written_aside(self.path / 'config.json') as path:
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+    def config(self) -> dict:
+        """Return the configuration of the run.
+
+        Raises:
+            RunFolderError: If there is none.
+        """
+        try:
+            return json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f'{self.path}: no run to go on with ({error}); name the folder of one') from error
+
+    def log(self, row: dict) -> None:
+        """Add a row to the log; what it lacks of FIELDS stays empty."""
+        self.rows.append(dict.fromkeys(FIELDS, '') | {name: str(value) for name, value in row.items()})
+        with (self.path / 'log.csv').open('a', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if len(self.rows) == 1:
+                writer.writeheader()
+            writer.writerow(self.rows[-1])
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the rows after the step that a run goes on from, as it will write them again."""
+        log = self.path / 'log.csv'
+        if log.exists():
+            with log.open(newline='', encoding='utf-8') as file:
+                # A row that was cut short by the end of the run has no step, or not all of its fields.
+                whole = (row for row in csv.DictReader(file) if row['seconds'])
+                self.rows = [row for row in whole if int(row['step']) <= step]
+        with written_aside(log) as path, path.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if self.rows:
+                writer.writeheader()
+            writer.writerows(self.rows)
+
+    def save_state(self, arrays: Sequence[np.ndarray], counters: dict) -> None:
+        """Save everything that the next step depends on.
+
+        Args:
+            arrays: Weights, optimizer and averages, in an order of the caller's.
+            counters: What else there is, as JSON.
+
+        Raises:
+            RunFolderError: If a number is not finite; what was saved before is kept.
+        """
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise RunFolderError(f'a weight is no longer a finite number; the last good state is kept in {self.path}')
+        with written_aside(self.path / 'state.npz') as path:
+            np.savez(path, counters=json.dumps(counters), **{f'array_{i}': array for i, array in enumerate(arrays)})
+
+    def load_state(self) -> tuple[list[np.ndarray], dict]:
+        """Return the arrays and counters that were saved.
+
+        Raises:
+            RunFolderError: If there are none.
+        """
+        try:
+            with np.load(self.path / 'state.npz') as state:
+                arrays = [state[f'array_{i}'] for i in range(len(state.files) - 1)]
+                return arrays, json.loads(str(state['counters']))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise RunFolderError(f'{self.path}: no saved state to go on from ({error}); start a new run') from error
+
+    def draw_curves(self) -> None:
+        """Draw loss and accuracy over the samples seen."""
+        from matplotlib.figure import Figure
+
+        import figures
+
+        figure = Figure(figsize=(9, 7), layout='constrained')
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        for axes, names in ((top, ('loss', 'val_loss')), (bottom, ('accuracy', 'val_top1', 'val_top5'))):
+            for name in names:
+                points = [(int(row['samples']), float(row[name])) for row in self.rows if row[name]]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=name, marker='.' if name.startswith('val') else '')
+                    axes.legend()
+            axes.grid(alpha=0.3)
+        top.set_yscale('log')
+        bottom.set_xlabel('samples')
+        figures.save(figure, self.path / 'curves.png')
+
+    def draw_samples(self, images: np.ndarray, columns: int = 16) -> None:
+        """Draw a sheet of samples.
+
+        Args:
+            images: (n, height, width) uint8 network input; a last row that is not full is left out.
+            columns: images in a row.
+        """
+        from PIL import Image
+
+        columns = min(columns, len(images))
+        rows = len(images) // columns
+        height, width = images.shape[1:]
+        sheet = images[: rows * columns].reshape(rows, columns, height, width).transpose(0, 2, 1, 3)
+        with written_aside(self.path / 'samples.png') as path:
+            Image.fromarray(255 - sheet.reshape(rows * height, columns * width)).save(path)

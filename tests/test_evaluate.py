@@ -1,0 +1,263 @@
+import csv
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+from conftest import SMALL_LABELS, draw_character
+from PIL import Image
+
+import evaluate
+from data_utils import LABEL_INDEX, LABELS, crop_to_ink, fit
+from evaluate import Answers, DataError, Gallery, fit_temperature, named_character, read_samples, reliability
+from gnt_reader import write_gnt
+
+
+@pytest.fixture
+def answers():
+    """Six answers to four classes, small enough to count by hand."""
+    probabilities = np.array(
+        [
+            [0.7, 0.1, 0.1, 0.1],  # 0, right
+            [0.4, 0.5, 0.1, 0.0],  # 0, second
+            [0.1, 0.8, 0.0, 0.1],  # 1, right
+            [0.1, 0.6, 0.1, 0.2],  # 3, second
+            [0.4, 0.3, 0.2, 0.1],  # 3, last
+            [0.0, 0.9, 0.1, 0.0],  # 1, right
+        ],
+        np.float32,
+    )
+    return Answers.of(probabilities, np.array([0, 0, 1, 3, 3, 1], np.int32), np.array(['a', 'a', 'a', 'b', 'b', 'b']))
+
+
+def test_ranks_and_accuracies(answers):
+    assert answers.ranks.tolist() == [0, 1, 0, 1, 3, 0]
+    assert answers.best.tolist() == [0, 1, 1, 1, 0, 1]
+    assert [answers.top(k) for k in (1, 2, 3, 4)] == pytest.approx([3 / 6, 5 / 6, 5 / 6, 1])
+
+
+def test_a_constant_output_is_no_answer():
+    answers = Answers.of(np.full((4, 4), 0.25, np.float32), np.arange(4), np.array([''] * 4))
+    assert answers.top(1) == 0
+
+
+def test_rows_by_writer_and_class(answers):
+    assert [(row['writer'], row['samples'], row['top1']) for row in evaluate.by_writer(answers)] == [
+        ('a', 3, pytest.approx(2 / 3, abs=1e-4)),
+        ('b', 3, pytest.approx(1 / 3, abs=1e-4)),
+    ]
+    rows = {row['character']: row for row in evaluate.by_class(answers, '甲乙丙丁')}
+    assert set(rows) == set('甲乙丁')  # no sample of 丙
+    assert rows['乙'] == {
+        'character': '乙', 'samples': 2, 'right': 2, 'answered': 4, 'recall': '1.0000', 'precision': '0.5000',
+        'mean_probability': '0.8500',
+    }  # fmt: skip
+    assert rows['丁']['precision'] == ''
+    assert evaluate.confused_pairs(answers, '甲乙丙丁') == [('甲', '乙', 1), ('丁', '乙', 1), ('丁', '甲', 1)]
+
+
+def test_reliability_by_hand():
+    curve = reliability(np.array([0.1, 0.5, 0.45, 0.95, 1.0]), np.array([False, True, False, True, False]), bins=2)
+    assert curve.count.tolist() == [3, 2]
+    assert curve.confidence == pytest.approx([1.05 / 3, 1.95 / 2])
+    assert curve.accuracy == pytest.approx([1 / 3, 1 / 2])
+    assert curve.expected_error == pytest.approx((abs(1.05 - 1) + abs(1.95 - 1)) / 5)
+    assert reliability(np.zeros(0), np.zeros(0, bool)).expected_error == 0
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
+def test_the_temperature_that_made_the_labels_is_found(temperature):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (20_000, 6)).astype(np.float32)
+    powers = np.exp(logits / temperature)
+    labels = (rng.random((20_000, 1)) < np.cumsum(powers / powers.sum(1, keepdims=True), 1)).argmax(1)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+def test_the_gallery_keeps_the_surest_mistakes(answers):
+    gallery = Gallery(size=2)
+    images = np.arange(6)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    gallery.add(answers.select(np.array([0, 1, 2])), images[:3])
+    gallery.add(answers.select(np.array([3, 4, 5])), images[3:])
+    assert [(round(c, 2), t, a, int(image[0, 0])) for c, t, a, image in gallery.items()] == [
+        (0.6, 3, 1, 3),
+        (0.5, 0, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('path', 'character'),
+    [
+        ('鲍/0001.png', '鲍'),
+        ('B1AB/0001.png', '鲍'),
+        ('images/鲍.png', '鲍'),
+        ('images/鲍_2.JPG', '鲍'),
+        ('images/鲍 (1).png', '鲍'),
+        ('images/鲍鱼.png', None),
+        ('images/scan.png', None),
+        ('images/0.png', None),
+    ],
+)
+def test_what_a_picture_is_named_by(tmp_path, path, character):
+    assert named_character(tmp_path / path) == character
+
+
+def page(k):
+    return draw_character(40 + 3 * k, width=0.04 + 0.02 * k)
+
+
+def test_all_kinds_of_data_give_the_same_samples(tmp_path):
+    characters = '啊鲍座'
+    pages = [page(k) for k in (1, 2, 3)]
+    (tmp_path / 'pictures').mkdir()
+    for character, picture in zip(characters, pages, strict=True):
+        Image.fromarray(picture).save(tmp_path / 'pictures' / f'{character}.png')
+    (tmp_path / 'gnt').mkdir()
+    write_gnt(tmp_path / 'gnt' / '1001-c.gnt', [*zip(characters, pages, strict=True), ('A', pages[0])])
+    square = np.stack([255 - fit(crop_to_ink(picture)) for picture in pages])
+    np.savez(tmp_path / 'scans.npz', images=square, chars=np.array(list(characters)), writers=np.array(['w'] * 3))
+
+    scans, gnt = read_samples([tmp_path / 'scans.npz']), read_samples([tmp_path / 'gnt'])
+    pictures = read_samples([tmp_path / 'pictures'])
+    wanted = sorted(LABEL_INDEX[character] for character in characters)
+    for samples in (scans, gnt, pictures):
+        assert samples.images.shape == (3, 96, 96)
+        assert samples.images.dtype == np.uint8
+        assert sorted(samples.labels) == wanted
+    assert set(scans.writers) == {'w'}
+    assert set(gnt.writers) == {'1001'}
+    for label in wanted:
+        one, other, third = (s.images[s.labels == label][0].astype(int) for s in (scans, gnt, pictures))
+        assert np.abs(one - other).mean() < 8
+        assert np.abs(other - third).mean() < 8
+    both = read_samples([tmp_path / 'scans.npz', tmp_path / 'gnt'], size=48)
+    assert both.images.shape == (6, 48, 48)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    blank = np.full((1, 30, 30), 255, np.uint8)
+    images = np.concatenate([blank, blank - 255, blank - 200])
+    np.savez(tmp_path / 'data.npz', images=images, chars=np.array(['啊', 'A', '座']))
+    said = []
+    chunks = list(evaluate.iterate_samples([tmp_path / 'data.npz'], report=said.append))
+    assert sum(len(chunk.labels) for chunk in chunks) == 1
+    assert said == [f'{tmp_path / "data.npz"}: left out 1 blank, 1 of other characters']
+
+
+@pytest.mark.parametrize(
+    'arrays',
+    [
+        {'pictures': np.zeros(3)},
+        {'images': np.zeros((2, 8, 8)), 'chars': np.array(['啊', '座'])},
+        {'images': np.zeros((2, 8, 8), np.uint8), 'chars': np.array(['啊'])},
+        {'images': np.zeros((1, 8, 8), np.uint8), 'chars': np.array(['A'])},
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, arrays):
+    np.savez(tmp_path / 'data.npz', **arrays)
+    with pytest.raises(DataError, match=r'data\.npz'):
+        read_samples([tmp_path / 'data.npz'])
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for k, character in enumerate(SMALL_LABELS * 2):
+        folder = tmp_path / 'data' / character
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(page(k)).save(folder / f'{k}.png')
+    return tmp_path / 'data'
+
+
+def test_a_report(small_file, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, 'LABEL_INDEX', {c: i for i, c in enumerate(SMALL_LABELS)})
+    out, calibrated = tmp_path / 'report', tmp_path / 'calibrated.h5'
+    arguments = [str(pictures), '--model', str(small_file), '--out', str(out), '--fit-temperature', str(calibrated)]
+    assert evaluate.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert 'samples 10' in text
+    assert 'temperature ' in text
+    summary = json.loads((out / 'summary.json').read_text())
+    assert summary['samples'] == 10
+    assert summary['top5'] == 1.0  # of five classes
+    with (out / 'classes.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['character'] for row in rows] == list(SMALL_LABELS)
+    assert sum(int(row['right']) for row in rows) == round(10 * summary['top1'])
+    for picture in ('reliability.png', 'mistakes.png'):
+        assert Image.open(out / picture).size[0] > 100
+
+    from melnyk_net import load_model
+
+    info = load_model(calibrated)[1]
+    assert f'temperature {info.temperature:.3f} (the file has 2.000)' in text
+    assert info.note == 'random weights'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [(('nowhere.npz',), 'nowhere.npz'), (('--benchmark', 'nowhere'), 'nowhere'), (('.',), 'no sample of the 3755')],
+)
+def test_errors_in_one_line(small_file, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([*arguments, '--model', str(small_file)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines()[-1].startswith('evaluate.py: ')
+    assert message in error
+
+
+@pytest.mark.parametrize('arguments', [(), ('data.npz', '--benchmark', 'mnist.npz')])
+def test_wrong_usage(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(arguments)
+    assert exit_.value.code == 2
+
+
+# --- MNIST -----------------------------------------------------------------------------------------------------------
+
+
+def mnist():
+    rng = np.random.default_rng(0)
+    y_train, y_test = np.arange(64, dtype=np.uint8) % 2, np.arange(20, dtype=np.uint8) % 2
+    images = []
+    for labels in (y_train, y_test):
+        pictures = rng.integers(0, 30, (len(labels), 28, 28), np.uint8)
+        pictures[labels == 1, 8:20, 12:16] = 255
+        pictures[labels == 0, 12:16, 4:24] = 255
+        images.append(pictures)
+    return images[0], y_train, images[1], y_test
+
+
+def test_mnist_is_read_from_idx_files_and_npz(tmp_path):
+    arrays = mnist()
+    names = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
+    for number, (name, array) in enumerate(zip(names, arrays, strict=True)):
+        header = bytes((0, 0, 8, array.ndim)) + struct.pack(f'>{array.ndim}I', *array.shape)
+        data = header + array.tobytes()
+        if number % 2:
+            (tmp_path / f'{name}.gz').write_bytes(gzip.compress(data))
+        else:
+            (tmp_path / name).write_bytes(data)
+    np.savez(tmp_path / 'mnist.npz', **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays, strict=True)))
+    for path in (tmp_path, tmp_path / 'mnist.npz'):
+        for got, wanted in zip(evaluate.read_mnist(path), arrays, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    (tmp_path / names[0]).write_bytes(b'no idx')
+    with pytest.raises(DataError, match='IDX'):
+        evaluate.read_mnist(tmp_path)
+
+
+def test_the_benchmark_trains_the_architecture(tmp_path, monkeypatch, capsys):
+    import melnyk_net
+
+    monkeypatch.setattr(melnyk_net, 'FILTER_GROUPS', ((4,), (4,), (8,), (8,), (8,)))
+    np.savez(tmp_path / 'm.npz', **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), mnist(), strict=True)))
+    assert evaluate.main(['--benchmark', str(tmp_path / 'm.npz'), '--epochs', '1']) == 0
+    assert 'of 20 after 1 epochs' in capsys.readouterr().out
+
+
+def test_every_label_is_a_character_that_a_picture_can_be_named_by(tmp_path):
+    assert [c for c in LABELS if named_character(tmp_path / f'{c}.png') != c] == []

@@ -1,0 +1,832 @@
+"""Trains Melnyk-Net on scanned samples (GNT files), on drawn handwriting, or on both.
+
+    python train.py --gnt HWDB1.0/ HWDB1.1/ --out runs/paper                  the paper's recipe on CASIA-HWDB
+    python train.py --gnt HWDB1.1/ --init melnyk_net.h5 --learning-rate 0.01      start from our weights
+    python train.py --drawn material --teacher teacher.keras --init first.h5 --freeze 2     how our weights were made
+    python train.py --drawn material --size 48 --samples 600000               from nothing: small images first …
+    python train.py --drawn material --init runs/train/best.h5                … and 96 pixels to finish
+    python train.py --resume runs/paper                                       go on after a stop of any kind
+    python train.py --gnt HWDB1.1/ --smoke                                    everything once, in seconds
+
+    KERAS_BACKEND=jax python train.py … --coordinator HOST:PORT --processes 2 --process 0     several machines
+
+A run folder holds config.json (what was asked for), log.csv and curves.png (what happened), samples.png (what the
+network saw), state.npz (everything needed to go on), last.h5 and best.h5 (models for main.py and evaluate.py).
+
+The network sees sample number i of its source in step i ÷ batch size, whatever the number of workers, machines and
+interruptions: a run that is stopped and resumed gives the same curve.
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from data_utils import LABELS
+from feed import (
+    Batch,
+    DrawnSource,
+    Feed,
+    FeedError,
+    GntSource,
+    MixedSource,
+    Source,
+    refuse_competition,
+    split_by_writer,
+    training_index,
+)
+from handwriting import MaterialError
+from melnyk_net import POOLINGS, load_model, melnyk_net, save_model
+from run_folder import RunFolder, RunFolderError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyper-parameters of a run; a field of the same name on the command line changes one of them."""
+
+    # How long. Epochs count passes over scanned samples; samples count drawn ones, which never end.
+    batch_size: int
+    epochs: int = 0
+    samples: int = 0
+
+    # The optimizer
+    optimizer: str = 'adamw'
+    learning_rate: float = 1e-3
+    warmup: int = 0  # steps from 0 to the learning rate
+    weight_decay: float = 0.0  # of kernels only, decoupled; the paper has L2 in the loss instead
+
+    # Against overfitting
+    l2: float = 0.0
+    dropout: float = 0.5
+
+    # Averages
+    bn_momentum: float = 0.99  # of the batch normalization's statistics
+    average: float = 0.0  # momentum a step of the average of all weights, which is validated and saved; 0: none
+
+    # The teacher
+    label_weight: float = 0.1  # of the label's cross-entropy beside the teacher's
+    temperature: float = 2.0  # divides the logits of both: at 2 the teacher's second thoughts count, too
+
+
+# The paper's recipe (section 4.1), for scanned samples. The learning rate falls to a tenth after the first epoch, and
+# again whenever the training accuracy has not risen by 1e-4 in an epoch: see `plateau`.
+PAPER = Recipe(
+    batch_size=256,
+    epochs=41,
+    optimizer='sgd',  # momentum 0.9
+    learning_rate=0.1,
+    l2=1e-3,
+    dropout=0.5,
+)
+
+# For drawn samples, with or without a teacher. No sample comes twice, so nothing is memorised: little dropout, no L2.
+DRAWN = Recipe(
+    batch_size=128,  # small batches learn more a sample, and 128 keep two processor cores busy
+    samples=3_000_000,
+    optimizer='adamw',  # β₂ 0.99: the gradients of the first thousand steps are soon out of date
+    learning_rate=1e-3,  # cosine to a fiftieth
+    warmup=50,
+    weight_decay=0.03,
+    dropout=0.05,
+    bn_momentum=0.97,  # statistics follow the weights within some ten thousand samples
+    average=0.99,
+)
+
+LOWEST_RATE = 1e-6  # of `plateau`
+COSINE_FLOOR = 0.02  # share of the learning rate at the end of the cosine
+AVERAGE_EVERY = 10  # steps between two updates of the average of the weights: copying them costs time on an accelerator
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the text says why and what to do next."""
+
+
+# --- What one step computes ------------------------------------------------------------------------------------------
+
+
+class TrainingModel(keras.Model):
+    """A student with its loss: batches of network inputs in, logits out.
+
+    Args:
+        student: Melnyk-Net whose classifier gives logits.
+        teacher: Model that gives logits of the same classes, or `None`.
+        label_weight: Weight of the label's cross-entropy beside the teacher's.
+        temperature: Divides both logits before they are compared (G. Hinton et al., arXiv 1503.02531).
+
+    Input shape:
+        `(batch, 96, 96)` uint8. Student and teacher see it at the size that each was built for.
+
+    Output shape:
+        `(batch, num_classes)` float32.
+    """
+
+    def __init__(self, student: keras.Model, teacher: keras.Model | None, label_weight: float, temperature: float):
+        super().__init__(dtype='float32', name='training')
+        self.student = student
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.trainable = False
+        self.label_weight = label_weight
+        self.temperature = temperature
+
+    def call(self, images, training=None):
+        return ops.cast(self.student(resized(images, self.student.input_shape[1]), training=training), 'float32')
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        # y: (batch,) class indices; sample_weight: (batch,) 1 where the label is trusted, else 0
+        y, sample_weight = ops.convert_to_tensor(y), ops.convert_to_tensor(sample_weight)  # PyTorch gets them as arrays
+        labelled = ops.mean(sample_weight * ops.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
+        if not training:
+            return labelled
+        loss = sum(self.losses, start=ops.zeros(()))  # the L2 terms
+        if self.teacher is None:
+            return loss + labelled
+        target = ops.cast(self.teacher(resized(x, self.teacher.input_shape[1]), training=False), 'float32')
+        target = ops.log_softmax(ops.stop_gradient(target) / self.temperature)  # (batch, classes)
+        answer = ops.log_softmax(y_pred / self.temperature)
+        divergence = ops.mean(ops.sum(ops.exp(target) * (target - answer), axis=-1))
+        # The gradient of a softened softmax is smaller by the temperature squared.
+        return loss + self.temperature**2 * divergence + self.label_weight * labelled
+
+
+def resized(images, size: int):
+    """Return `(batch, h, h)` images of any dtype as float32 `(batch, size, size, 1)`: each pixel a mean of an area."""
+    images = ops.cast(images, 'float32')
+    if images.shape[1] != size:
+        areas = ops.convert_to_tensor(area_weights(images.shape[1], size))
+        images = ops.einsum('yi,bij,xj->byx', areas, images, areas)
+    return ops.expand_dims(images, -1)
+
+
+def area_weights(old: int, new: int) -> np.ndarray:
+    """Return the float32 `(new, old)` matrix that takes means over areas; its rows sum to 1."""
+    edges = np.linspace(0, old, new + 1)
+    pixels = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(overlap, 0) * (new / old)).astype(np.float32)
+
+
+def batch_normalization(momentum: float) -> Callable[..., keras.layers.Layer]:
+    """Return what makes the layer after each convolution: the fastest with the same weights and the same result."""
+    layer = keras.layers.BatchNormalization
+    if keras.backend.backend() == 'tensorflow':
+        import tensorflow as tf
+
+        if not tf.config.list_physical_devices('GPU'):
+            layer = _fused_batch_normalization()
+    return functools.partial(layer, momentum=momentum)
+
+
+@functools.cache
+def _fused_batch_normalization() -> type[keras.layers.Layer]:
+    import tensorflow as tf
+
+    class FusedBatchNormalization(keras.layers.BatchNormalization):
+        """Batch normalization by TensorFlow's fused operation: on a processor a training step takes 0.6 of the time."""
+
+        def call(self, inputs, training=None, mask=None):
+            training = bool(training) and self.trainable
+            empty = tf.zeros((0,))
+            outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+                x=inputs,
+                scale=tf.convert_to_tensor(self.gamma),
+                offset=tf.convert_to_tensor(self.beta),
+                mean=empty if training else tf.convert_to_tensor(self.moving_mean),
+                variance=empty if training else tf.convert_to_tensor(self.moving_variance),
+                epsilon=self.epsilon,
+                is_training=training,
+            )
+            if training:
+                # The fused operation returns the unbiased variance, Keras keeps the biased one.
+                count = tf.cast(tf.size(inputs) / tf.shape(inputs)[-1], tf.float32)
+                variance = variance * (count - 1) / count
+                self.moving_mean.assign(self.moving_mean * self.momentum + mean * (1 - self.momentum))
+                self.moving_variance.assign(self.moving_variance * self.momentum + variance * (1 - self.momentum))
+            return outputs
+
+    return FusedBatchNormalization
+
+
+def to_numpy(variable) -> np.ndarray:
+    """Return the value of a variable of any backend."""
+    return ops.convert_to_numpy(variable.value)
+
+
+def as_logits(model: keras.Model) -> keras.Model:
+    """Make a classifier give logits, whether it ends in a softmax or not. The model itself is changed."""
+    last = model.layers[-1]
+    if getattr(last, 'activation', None) is keras.activations.softmax:
+        last.activation = keras.activations.linear
+    return model
+
+
+def load_teacher(path: str | os.PathLike, num_classes: int, precision: str) -> keras.Model:
+    """Load a teacher: any Keras model with our input and class order, or a model file of this project.
+
+    Args:
+        path: `.keras` or `.h5`.
+        num_classes: How many logits it has to give.
+        precision: `'bfloat16'` or `'float32'`.
+
+    Raises:
+        TrainingError: If it cannot be loaded or does not fit.
+    """
+    try:
+        teacher = load_model(path)[0] if Path(path).suffix == '.h5' else keras.models.load_model(path, compile=False)
+    except (ValueError, OSError, TypeError) as error:
+        raise TrainingError(f'{path}: not a teacher that Keras can load ({error})') from error
+    if len(teacher.input_shape) != 4 or teacher.input_shape[-1] != 1 or teacher.output_shape[-1] != num_classes:
+        raise TrainingError(
+            f'{path}: a teacher reads (height, width, 1) and gives {num_classes} logits; '
+            f'this one reads {teacher.input_shape[1:]} and gives {teacher.output_shape[1:]}'
+        )
+
+    def at_precision(layer):
+        config = layer.get_config()
+        # A mean image is subtracted before rounding, else the rounding would be of the sum.
+        if precision == 'bfloat16' and not isinstance(layer, keras.layers.Normalization | keras.layers.InputLayer):
+            config['dtype'] = 'mixed_bfloat16'
+        return type(layer).from_config(config)
+
+    copy = keras.models.clone_model(teacher, clone_function=at_precision)
+    copy.set_weights(teacher.get_weights())
+    return as_logits(copy)
+
+
+def carry_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copy the weights of one Melnyk-Net into another of a different input size or pooling.
+
+    The pooling weights of GWAP belong to places; at another size they are resampled so that their sum stays. Where the
+    pooling is of another kind, the target's begins as the source's mean over the places, or stays as it is.
+
+    Raises:
+        TrainingError: If the networks differ in more than that.
+    """
+    given = {layer.name: layer for layer in source.layers}
+    poolings = {name for name, _ in POOLINGS.values()}
+    for layer in target.layers:
+        if not layer.weights or layer.name in poolings:
+            continue
+        if [w.shape for w in given[layer.name].weights] != [w.shape for w in layer.weights]:
+            raise TrainingError(f'the weights to start from do not fit in {layer.name}; use a model of as many classes')
+        layer.set_weights(given[layer.name].get_weights())
+    old, new = (next(layer for layer in model.layers if layer.name in poolings) for model in (source, target))
+    places = math.prod(new.input.shape[1:3])
+    if not new.weights:
+        return
+    # GAP's mean is a sum over the places of the target, each of the same weight.
+    weight = to_numpy(old.weights[0]) if old.weights else np.full(new.input.shape[-1], 1 / places, np.float32)
+    shape = tuple(new.weights[0].shape)
+    if weight.ndim == 3 and len(shape) == 3:
+        rows, columns = area_weights(weight.shape[0], shape[0]), area_weights(weight.shape[1], shape[1])
+        scale = math.prod(weight.shape[:2]) / math.prod(shape[:2])
+        weight = np.einsum('yi,ijk,xj->yxk', rows, weight, columns) * scale
+    elif weight.ndim == 3:
+        weight = weight.mean((0, 1)) * math.prod(weight.shape[:2]) / places
+    elif old.weights:
+        weight = weight * math.prod(old.input.shape[1:3]) / places
+    new.set_weights([np.broadcast_to(weight, shape)])
+
+
+# --- The learning rate -----------------------------------------------------------------------------------------------
+
+
+def cosine(recipe: Recipe, step: int, steps: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then half a cosine to a fiftieth."""
+    warm = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    return recipe.learning_rate * warm * (COSINE_FLOOR + (1 - COSINE_FLOOR) * fall)
+
+
+class Plateau(NamedTuple):
+    """The state of the paper's schedule, changed at the end of each epoch."""
+
+    rate: float
+    best: float = 0.0
+
+
+def plateau(state: Plateau, epoch: int, accuracy: float) -> Plateau:
+    """Return the paper's learning rate after an epoch.
+
+    A tenth after the first epoch; later a tenth whenever the training accuracy is not 1e-4 above its best (Keras'
+    ReduceLROnPlateau with patience 0), down to 1e-6.
+
+    Args:
+        state: Before the end of the epoch.
+        epoch: Number of the epoch that has ended, from 1.
+        accuracy: Training accuracy in that epoch, 0..1.
+    """
+    risen = accuracy > state.best + 1e-4
+    rate = state.rate if risen and epoch > 1 else max(LOWEST_RATE, state.rate * 0.1)
+    return Plateau(rate, max(state.best, accuracy))
+
+
+# --- What a run learns from ------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """What a run learns from and is measured with."""
+
+    source: Source
+    validation: Batch
+    epoch_samples: int
+    """Samples in a pass over the scanned ones; 0 where there is no such pass."""
+
+
+def prepare_data(options: argparse.Namespace) -> Data:
+    """Open the sources that were asked for, and set validation samples aside that the network never learns from."""
+    sources, validation, epoch_samples = [], None, 0
+    if options.gnt:
+        index = training_index(options.gnt)
+        writers = len({member.writer for member in index.members})
+        # One writer in fifty: 15 of the 756 of HWDB1.0 and 1.1, enough for ± 0.1 %.
+        aside = options.val_writers or max(1, round(writers / 50))
+        index, held_out = split_by_writer(index, aside, options.seed)
+        if options.limit:
+            index = index.select(np.random.default_rng(options.seed).permutation(len(index))[: options.limit])
+        epoch_samples = len(index)
+        sources.append(GntSource(index, options.seed, options.augment))
+        chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.val_samples]
+        validation = GntSource(held_out.select(np.sort(chosen))).batch(range(len(chosen)))
+    if options.drawn:
+        # Without a teacher, only samples that their label describes.
+        drawn = DrawnSource(Path(options.drawn), options.seed, not options.teacher, options.strokes)
+        sources.append(drawn)
+    if validation is None and not options.validate:
+        # Another seed is another endless set.
+        held_out = replace(drawn, seed=options.seed + 1_000_003, trusted_only=True)
+        validation = held_out.batch(range(min(options.val_samples, len(LABELS))))
+    if options.validate:
+        from evaluate import read_samples
+
+        refuse_competition(path for path in options.validate if Path(path).suffix.lower() != '.npz')
+        samples = read_samples(options.validate)
+        validation = Batch(samples.images, samples.labels, np.ones(len(samples.labels), bool))
+    if len(sources) == 1:
+        return Data(sources[0], validation, epoch_samples)
+    mixed = MixedSource(*sources, share=options.gnt_share)
+    return Data(mixed, validation, round(epoch_samples / options.gnt_share))
+
+
+# --- The run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counters:
+    """Where a run stands, beside its weights."""
+
+    step: int = 0
+    rate: float = 0.0  # learning rate of `plateau`
+    rate_best: float = 0.0  # the best training accuracy of an epoch that it has seen
+    epoch_accuracy: float = 0.0  # sum over the steps of this epoch
+    best: float = -1.0  # the best top-1 so far
+    seconds: float = 0.0  # of the run, over all its parts
+
+
+class WeightAverage:
+    """The exponential average of all weights, batch normalization's statistics included.
+
+    It is smoother than the weights of any one step, and so better while the learning rate is high. The optimizer's own
+    average leaves out what is not trained.
+
+    Args:
+        model: Its weights are averaged.
+        momentum: Of the average, a step.
+    """
+
+    def __init__(self, model: keras.Model, momentum: float):
+        self.model, self.momentum = model, momentum
+        self.values = [np.array(to_numpy(w), np.float32) for w in model.weights] if momentum else []
+
+    def update(self, step: int) -> None:
+        """Take the weights after `step` steps into account: now and then only, once the first steps are past."""
+        every = 1 if step < 100 else AVERAGE_EVERY
+        if self.momentum and step % every == 0:
+            # At the start the average is young: it must forget the weights that it began with.
+            keep = min(self.momentum, step / (step + 10)) ** every
+            for value, weight in zip(self.values, self.model.weights, strict=True):
+                value += (1 - keep) * (to_numpy(weight) - value)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average into the model for a while; without momentum, leave the weights as they are."""
+        weights = self.model.get_weights()
+        if self.momentum:
+            self.model.set_weights(self.values)
+        yield
+        if self.momentum:
+            self.model.set_weights(weights)
+
+
+def build(options: argparse.Namespace, recipe: Recipe) -> TrainingModel:
+    """Build student and teacher, with the weights to start from and the optimizer."""
+    keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy('mixed_bfloat16' if options.precision == 'bfloat16' else 'float32')
+    student = melnyk_net(
+        (options.size, options.size, 1),
+        reg=recipe.l2,
+        global_average_type=options.pooling,
+        dropout=recipe.dropout,
+        normalization=batch_normalization(recipe.bn_momentum),
+    )
+    if options.init:
+        carry_weights(load_model(options.init)[0], student)
+    # The first two do a third of a step's work at 96 pixels, and edges of strokes are the same in every run.
+    for number in range(1, options.freeze + 1):
+        for kind in ('conv2d', 'batch_normalization'):
+            student.get_layer(f'{kind}_{number}').trainable = False
+    teacher = load_teacher(options.teacher, student.output_shape[-1], options.precision) if options.teacher else None
+    model = TrainingModel(as_logits(student), teacher, recipe.label_weight, recipe.temperature)
+    if recipe.optimizer == 'sgd':
+        optimizer = keras.optimizers.SGD(recipe.learning_rate, momentum=0.9)
+    else:
+        optimizer = keras.optimizers.AdamW(recipe.learning_rate, beta_2=0.99, weight_decay=recipe.weight_decay)
+        # Decay is for kernels: what follows a normalization, a bias and the pooling weights set a scale.
+        optimizer.exclude_from_weight_decay(var_names=['gamma', 'beta', 'bias', '^W$'])
+    model.compile(
+        optimizer,
+        weighted_metrics=[
+            keras.metrics.SparseCategoricalAccuracy(name='top1'),
+            keras.metrics.SparseTopKCategoricalAccuracy(5, name='top5'),
+        ],
+    )
+    model.build((None, 96, 96))
+    optimizer.build(model.trainable_variables)
+    return model
+
+
+def validate(model: TrainingModel, samples: Batch, batch_size: int, rows: tuple[int, int]) -> dict[str, float]:
+    """Measure a model on samples that it does not learn from.
+
+    Args:
+        model: The model.
+        samples: All of them.
+        batch_size: Samples a step, over all machines.
+        rows: (first, last + 1) of the rows of each batch that this machine measures.
+
+    Returns:
+        `val_loss`, `val_top1` and `val_top5`, the accuracies 0..1.
+    """
+    sums = dict.fromkeys(('loss', 'top1', 'top5'), 0.0)
+    total = len(samples.labels)
+    mine = np.arange(*rows)
+    for start in range(0, total, batch_size):
+        # The last batch is filled up with samples of no weight: one shape, one compiled function.
+        places = start + mine
+        weights = (places < total).astype(np.float32)
+        places = np.minimum(places, total - 1)
+        count = min(batch_size, total - start)
+        measured = model.test_on_batch(samples.images[places], samples.labels[places], weights, return_dict=True)
+        # The loss is a mean over the batch, the accuracies are means over the weights.
+        sums['loss'] += float(measured['loss']) * batch_size
+        for name in ('top1', 'top5'):
+            sums[name] += float(measured[name]) * count
+    return {f'val_{name}': value / total for name, value in sums.items()}
+
+
+def train(options: argparse.Namespace, recipe: Recipe) -> Path:
+    """Train, from the start or from where a run was stopped.
+
+    Args:
+        options: See `parser`.
+        recipe: The hyper-parameters.
+
+    Returns:
+        The file of the best model.
+
+    Raises:
+        TrainingError: If the run cannot start, or the loss is no longer a finite number.
+        FeedError, MaterialError, RunFolderError, ValueError, OSError: If a file cannot be used.
+    """
+    processes, process = join_processes(options)
+    if recipe.batch_size % processes:
+        raise TrainingError(f'{processes} processes cannot share a batch of {recipe.batch_size}; change --batch-size')
+    share = recipe.batch_size // processes
+    rows = (process * share, (process + 1) * share)
+
+    # How long, and how often to look up.
+    data = prepare_data(options)
+    epoch = data.epoch_samples // recipe.batch_size  # steps a pass; 0 where there is none
+    if data.epoch_samples and not epoch:
+        raise TrainingError(f'{data.epoch_samples} samples are no batch of {recipe.batch_size}; lower --batch-size')
+    by_epochs = bool(epoch and recipe.epochs)
+    steps = epoch * recipe.epochs if by_epochs else max(1, recipe.samples // recipe.batch_size)
+    validate_every = epoch if by_epochs else max(1, options.validate_every // recipe.batch_size)
+
+    # The model, new or as it was left.
+    model = build(options, recipe)
+    student = model.student
+    average = WeightAverage(student, recipe.average)
+    variables = [*student.variables, *model.optimizer.variables]
+    counters = Counters(rate=recipe.learning_rate)
+    folder = RunFolder(options.resume or options.out)
+    if options.resume:
+        arrays, saved = folder.load_state()
+        if len(arrays) != len(variables) + len(average.values):
+            raise TrainingError(f'{folder.path}: the saved state is of another network; start a new run')
+        for variable, array in zip(variables, arrays, strict=False):
+            variable.assign(array)
+        average.values = arrays[len(variables) :]
+        counters = Counters(**saved)
+
+    # Only the first of several processes writes.
+    writes = process == 0
+    if writes and options.resume:
+        folder.rewind_log(counters.step)
+    elif writes:
+        config = {'options': vars(options), 'recipe': asdict(recipe), 'backend': keras.backend.backend()}
+        folder.start(config | {'command': ['train.py', *sys.argv[1:]], 'keras': keras.__version__})
+
+    progress = Progress(steps)
+    window: list[tuple[float, float]] = []  # (loss, accuracy) of each step since the last row of the log
+    seconds_before, begin = counters.seconds, time.monotonic()
+    window_begin = last_saved = begin
+    with Feed(data.source, recipe.batch_size, counters.step, options.workers, rows) as feed:
+        while counters.step < steps:
+            # One step.
+            batch = next(feed)
+            if writes and counters.step == 0:
+                folder.draw_samples(batch.images)
+            model.optimizer.learning_rate = counters.rate if by_epochs else cosine(recipe, counters.step, steps)
+            trusted = batch.trusted.astype(np.float32)
+            result = model.train_on_batch(batch.images, batch.labels, trusted, return_dict=True)
+            loss, accuracy = float(result['loss']), float(result['top1'])
+            counters.step += 1
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f'the loss is {loss} at step {counters.step}; the last good state and model are kept in '
+                    f'{folder.path}: start again with --init {folder.path / "best.h5"} and a lower --learning-rate'
+                )
+            average.update(counters.step)
+            counters.epoch_accuracy += accuracy
+            window.append((loss, accuracy))
+
+            # Where it stands.
+            now = time.monotonic()
+            counters.seconds = seconds_before + now - begin
+            mean_loss, mean_accuracy = np.mean(window, axis=0)
+            speed = len(window) * recipe.batch_size / (now - window_begin)
+            progress.show(
+                counters.step,
+                f'loss {mean_loss:.4f}  accuracy {mean_accuracy:.4f}  {speed:,.0f} images/s',
+                (steps - counters.step) * recipe.batch_size / speed,
+            )
+            validating = counters.step % validate_every == 0 or counters.step == steps
+            if not validating and counters.step % options.log_every:
+                continue
+            row = {
+                'step': counters.step,
+                'samples': counters.step * recipe.batch_size,
+                'epoch': f'{counters.step / epoch:.3f}' if epoch else '',
+                'loss': f'{mean_loss:.6f}',
+                'accuracy': f'{mean_accuracy:.6f}',
+                'learning_rate': f'{float(model.optimizer.learning_rate):.3e}',
+                'images_per_second': f'{speed:.1f}',
+                'seconds': f'{counters.seconds:.0f}',
+            }
+
+            # How good it is.
+            if by_epochs and counters.step % epoch == 0:
+                state = Plateau(counters.rate, counters.rate_best)
+                state = plateau(state, counters.step // epoch, counters.epoch_accuracy / epoch)
+                counters.rate, counters.rate_best, counters.epoch_accuracy = state.rate, state.best, 0.0
+            if validating:
+                with average.in_place():
+                    measured = validate(model, data.validation, recipe.batch_size, rows)
+                    row |= {name: f'{value:.6f}' for name, value in measured.items()}
+                    if not math.isfinite(measured['val_loss']):
+                        raise TrainingError(f'the validation loss is {measured["val_loss"]}; lower --learning-rate')
+                    if writes:
+                        names = ['last.h5', 'best.h5'] if measured['val_top1'] > counters.best else ['last.h5']
+                        note = f'{counters.step * recipe.batch_size:,} samples: {describe(options)}'
+                        with on_this_machine():
+                            for name in names:
+                                save_model(student, folder.path / name, note=note)
+                counters.best = max(counters.best, measured['val_top1'])
+
+            # What is needed to go on.
+            if writes:
+                folder.log(row)
+                if validating:
+                    folder.draw_curves()
+                if validating or now - last_saved > 60 * options.save_minutes:
+                    arrays = [to_numpy(variable) for variable in variables]
+                    folder.save_state([*arrays, *average.values], asdict(counters))
+                    last_saved = time.monotonic()
+            window, window_begin = [], time.monotonic()
+    progress.end()
+    return folder.path / 'best.h5'
+
+
+class Progress:
+    """One line on stderr that is rewritten, or a line now and then where stderr is a file.
+
+    Args:
+        steps: Of the whole run.
+        every: Seconds between two lines in a file.
+    """
+
+    def __init__(self, steps: int, every: float = 30.0):
+        self.steps, self.every = steps, every
+        self.terminal = sys.stderr.isatty()
+        self.shown = -math.inf
+
+    def show(self, step: int, text: str, seconds_left: float) -> None:
+        """Show how far the run is, unless it was shown a moment ago."""
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.terminal else self.every) and step < self.steps:
+            return
+        self.shown = now
+        minutes, seconds = divmod(round(seconds_left), 60)
+        line = f'step {step:,}/{self.steps:,}  {text}  left {minutes // 60}:{minutes % 60:02}:{seconds:02}'
+        if self.terminal:
+            print(f'\r{line}\033[K', end='', file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def describe(options: argparse.Namespace) -> str:
+    """Return in a few words what a model was trained on, for its model card."""
+    parts = ['scanned samples (GNT)'] if options.gnt else []
+    parts += ['drawn handwriting'] if options.drawn else []
+    parts += [f'taught by {Path(options.teacher).name}'] if options.teacher else []
+    parts += [f'started from {Path(options.init).name}'] if options.init else []
+    return ', '.join(parts)
+
+
+def join_processes(options: argparse.Namespace) -> tuple[int, int]:
+    """Join the other machines of a run, share batches among all devices; return (processes, this one's number)."""
+    if keras.backend.backend() != 'jax':
+        if options.coordinator:
+            raise TrainingError('several machines run on JAX alone; set KERAS_BACKEND=jax')
+        return 1, 0
+    if options.coordinator:
+        keras.distribution.initialize(options.coordinator, options.processes, options.process)
+    if options.coordinator or len(keras.distribution.list_devices()) > 1:
+        keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+    return (options.processes, options.process) if options.coordinator else (1, 0)
+
+
+@contextlib.contextmanager
+def on_this_machine() -> Iterator[None]:
+    """Keep what is built meanwhile off the other machines, which do not take part in it and would be waited for."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    g = p.add_argument_group('what to learn from')
+    g.add_argument('--gnt', nargs='+', metavar='DIR_OR_ZIP', help='GNT files, folders or zip archives of them')
+    g.add_argument('--drawn', metavar='MATERIAL_DIR', help='draw handwriting from this material, see handwriting.py')
+    g.add_argument('--strokes', metavar='FILE', help="a running hand's strokes beside the material, see handwriting.py")
+    g.add_argument(
+        '--gnt-share', type=_share, default=0.5, help='share of scanned samples where both are given (default: 0.5)'
+    )
+    g.add_argument(
+        '--teacher', metavar='FILE', help='a model whose opinion of each sample is learned (.keras, or .h5 of ours)'
+    )
+    g.add_argument('--augment', action='store_true', help='turn, slant and stretch scanned samples a little')
+    g.add_argument('--limit', type=_positive, help='learn from this many scanned samples only')
+    g = p.add_argument_group('what to measure with')
+    g.add_argument('--val-writers', type=_positive, help='writers set aside for validation (default: one in fifty)')
+    g.add_argument('--val-samples', type=_positive, default=15_000, help='validation samples at most (default: 15000)')
+    g.add_argument('--validate', nargs='+', metavar='DATA', help='measure with these instead: npz, GNT or folders')
+    g.add_argument(
+        '--validate-every', type=_positive, default=50_000, help='drawn samples between two (default: 50000)'
+    )
+    g = p.add_argument_group('the network')
+    g.add_argument('--size', type=int, choices=(48, 64, 96), default=96, help='side of its input (default: 96)')
+    g.add_argument('--pooling', choices=tuple(POOLINGS), default='GWAP', help='its global pooling (default: GWAP)')
+    g.add_argument('--init', metavar='FILE.h5', help='weights to start from, of any size and pooling')
+    g.add_argument(
+        '--freeze',
+        type=int,
+        default=0,
+        metavar='N',
+        help='leave the first N convolutions as --init has them (default: 0)',
+    )
+    g.add_argument(
+        '--precision',
+        choices=('bfloat16', 'float32'),
+        default='bfloat16',
+        help='of the computation; weights are always float32 (default: bfloat16)',
+    )
+    g = p.add_argument_group("the recipe (defaults: the paper's for --gnt, our own for --drawn)")
+    for name, kind, text in (
+        ('batch-size', _positive, 'samples a step'),
+        ('epochs', _positive, 'passes over the scanned samples'),
+        ('samples', _positive, 'drawn samples in all'),
+        ('learning-rate', float, 'at its highest'),
+        ('warmup', int, 'steps to get there'),
+        ('weight-decay', float, 'of the kernels'),
+        ('l2', float, 'L2 regularisation in the loss'),
+        ('dropout', float, 'share of the features dropped'),
+        ('label-weight', float, 'of the label beside the teacher'),
+        ('temperature', float, 'at which student and teacher are compared'),
+    ):
+        g.add_argument(f'--{name}', type=kind, help=text)
+    g = p.add_argument_group('the run')
+    g.add_argument('--out', default='runs/train', metavar='DIR', help='run folder (default: runs/train)')
+    g.add_argument(
+        '--resume', metavar='DIR', help='go on with the run in this folder, with the options it was started with'
+    )
+    g.add_argument('--seed', type=int, default=0, help='of samples, splits and weights (default: 0)')
+    g.add_argument(
+        '--workers', type=_positive, help='processes that prepare samples (default: one fewer than processors)'
+    )
+    g.add_argument('--log-every', type=_positive, default=50, help='steps between two rows of log.csv (default: 50)')
+    g.add_argument('--save-minutes', type=float, default=5.0, help='between two saved states (default: 5)')
+    g.add_argument('--smoke', action='store_true', help='a run of seconds, to see that everything works')
+    g = p.add_argument_group('several machines (JAX)')
+    g.add_argument('--coordinator', metavar='HOST:PORT', help='address of process 0, the same on each machine')
+    g.add_argument('--processes', type=_positive, default=1, help='how many there are (default: 1)')
+    g.add_argument('--process', type=int, default=0, help='which this one is, from 0 (default: 0)')
+    return p
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'a whole number of at least 1 is expected, received {text!r}')
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'a number between 0 and 1 is expected, received {text!r}')
+    return value
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
+    """Read the command line, or the options of the run to resume; return options and recipe."""
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.resume:
+        config = RunFolder(options.resume).config()
+        # What may differ from one part of a run to the next without changing its curve.
+        kept = {name: getattr(options, name) for name in ('resume', 'workers', 'coordinator', 'processes', 'process')}
+        return argparse.Namespace(**{**config['options'], **kept}), Recipe(**config['recipe'])
+    if not (options.gnt or options.drawn):
+        p.error(
+            'what to learn from? give --gnt DIR_OR_ZIP … or --drawn MATERIAL_DIR (handwriting.py fetches the material)'
+        )
+    if options.freeze and not options.init:
+        p.error('--freeze is for weights that have learned: give --init FILE.h5, too')
+    if not 0 <= options.process < options.processes:
+        p.error(f'--process is 0 … {options.processes - 1}, received {options.process}')
+    recipe = PAPER if options.gnt and not options.drawn and not options.teacher else DRAWN
+    if options.smoke:
+        recipe = replace(recipe, batch_size=16, epochs=recipe.epochs and 2, samples=recipe.samples and 320, warmup=5)
+        options.size, options.limit, options.val_samples, options.log_every = 48, options.limit or 160, 64, 5
+        options.workers = options.workers or 1
+    changed = {name: getattr(options, name) for name in asdict(recipe) if getattr(options, name, None) is not None}
+    return options, replace(recipe, **changed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    try:
+        options, recipe = parse(arguments)
+        best = train(options, recipe)
+    except (TrainingError, FeedError, RunFolderError, MaterialError, ValueError, OSError) as error:
+        print(f'\ntrain.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\ntrain.py: stopped; --resume and the run folder go on from the last saved state', file=sys.stderr)
+        return 130
+    print(f'best model: {best}', file=sys.stderr)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
