@@ -129,7 +129,7 @@ def show(figures: Iterable) -> None:
 
     for figure in figures:
         # A figure made without pyplot gets its window from pyplot's manager.
-        window = pyplot.figure()
+        window = pyplot.figure(figsize=figure.get_size_inches())
         manager = window.canvas.manager
         manager.canvas.figure = figure
         figure.set_canvas(manager.canvas)

@@ -511,6 +511,9 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminal that cannot show a character gets its code instead of ending the program.
     _reconfigure(sys.stdout, errors='backslashreplace')
     _reconfigure(sys.stderr, errors='backslashreplace')
+    if options.plot == 'show' and not has_display():
+        print('main.py: there is no display to show figures on; --plot FOLDER saves them', file=sys.stderr)
+        return EXIT_ERROR
     loading = Loading(options.model, crop=not options.whole_page)
     try:
         status = recognise(loading, options) if options.sources else dialogue(loading, options.plot)

@@ -242,6 +242,14 @@ def test_figures_are_saved(folder, run, tmp_path):
     assert f'Figures saved in {figures}' in errors
 
 
+def test_figures_cannot_be_shown_without_a_display(folder, run, monkeypatch):
+    monkeypatch.setattr(main, 'has_display', lambda: False)
+    status, output, errors = run(folder, '--plot', 'show')
+    assert status == 1
+    assert output == ''
+    assert '--plot FOLDER' in errors
+
+
 def test_files_of_one_name_get_figures_of_their_own(folder, run, tmp_path):
     other = tmp_path / 'other'
     other.mkdir()
