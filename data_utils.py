@@ -458,7 +458,7 @@ def _paper_statistics(flat: np.ndarray) -> tuple[float, float]:
     paper = flat[away if np.count_nonzero(away) > 0.02 * flat.size else ~dark]
     if not paper.size:
         return float(flat.flat[0]), 0.0
-    # The 30th percentile of a normal distribution lies 0.524 σ below the median; farther out there may be faint strokes.
+    # A normal distribution has its 30th percentile 0.524 σ below the median; farther out there may be faint strokes.
     median, low = np.percentile(paper, (50, 30))
     return float(median), float(median - low) / 0.524
 
