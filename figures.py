@@ -30,10 +30,12 @@ def cjk_font():
     """
     from matplotlib import font_manager
 
-    fonts = sorted(
-        font_manager.fontManager.ttflist,
-        key=lambda font: CJK_FONTS.index(font.name) if font.name in CJK_FONTS else len(CJK_FONTS),
-    )
+    def rank(font) -> tuple[int, int]:
+        known = CJK_FONTS.index(font.name) if font.name in CJK_FONTS else len(CJK_FONTS)
+        # A family comes in weights from thin to black; the regular one is 400.
+        return known, abs(font.weight - 400) if isinstance(font.weight, int) else 0
+
+    fonts = sorted(font_manager.fontManager.ttflist, key=rank)
     tried = set()
     for font in fonts:
         if font.fname not in tried and _has_characters(font.fname):
