@@ -537,7 +537,7 @@ def mistakes_figure(worst: list[tuple[float, int, int, np.ndarray]], labels: Seq
         [
             (
                 255 - image,
-                f'{figures.shown(labels[true])} / {figures.shown(labels[answer])}',
+                f'{labels[true]} / {labels[answer]}',
                 f'{100 * confidence:.1f} %',
             )
             for confidence, true, answer, image in worst

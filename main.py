@@ -276,7 +276,9 @@ class Plotter:
         if self._plot == 'show':
             self._figures.insert(self._pages - 1, figure)
         else:
-            figures.save(figure, Path(self._plot, f'overview{f"-{self._pages}" if self._pages > 1 else ""}.png'))
+            # The first page has its name from the start, the others take one that no image has.
+            name = 'overview' if self._pages == 1 else self._unused_name('overview')
+            figures.save(figure, Path(self._plot, f'{name}.png'))
 
     def _unused_name(self, stem: str) -> str:
         name, number = stem, 1

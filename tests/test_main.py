@@ -261,6 +261,25 @@ def test_files_of_one_name_get_figures_of_their_own(folder, run, tmp_path):
     ]  # fmt: skip
 
 
+def test_pages_of_the_overview_take_no_name_of_an_image(tmp_path, monkeypatch):
+    import figures
+
+    saved = []
+    monkeypatch.setattr(figures, 'OVERVIEW_SIZE', 1)
+    monkeypatch.setattr(figures, 'overview_figure', lambda entries: 'page')
+    monkeypatch.setattr(figures, 'answer_figure', lambda *parts: 'answer')
+    monkeypatch.setattr(figures, 'save', lambda figure, path: saved.append((figure, path.name)))
+    plotter = main.Plotter(str(tmp_path), with_overview=True)
+    for stem in ('overview', 'a'):
+        plotter.add(Reading(Path(f'{stem}.png'), (Candidate('一', 0.9),)))
+    assert saved == [
+        ('page', 'overview.png'),
+        ('answer', 'overview-2.png'),
+        ('page', 'overview-3.png'),
+        ('answer', 'a.png'),
+    ]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
