@@ -18,7 +18,9 @@ import keras
 import numpy as np
 
 from data_utils import ImageError, network_input, open_image
-from melnyk_net import DEFAULT_MODEL, ActivationMapper, enlarge, load_model
+from melnyk_net import load_model
+from model_file import DEFAULT_MODEL
+from pooling import ActivationMapper, enlarge
 
 # The network is compiled once for each of these batch sizes; smaller batches are filled up with empty images.
 BATCH_SIZES = (1, 8, 64)
@@ -63,14 +65,14 @@ class HCCR:
     """Offline handwritten Chinese character recogniser.
 
     Args:
-        model: A model file, or a Melnyk-Net that is already built. Defaults to the file that the program ships.
+        model: A model file, or a network that is already built. Defaults to the file that the program ships.
         labels: The characters in class order. Defaults to the model file's own.
         show_summary: Whether to print the layers of the network. Defaults to `False`.
         temperature: The logits are divided by it so that confidences come true. Defaults to the model file's own.
         crop: See `data_utils.network_input`. Defaults to `True`.
 
     Raises:
-        FileNotFoundError, melnyk_net.ModelFileError: If the model file is missing or not what it should be.
+        FileNotFoundError, model_file.ModelFileError: If the model file is missing or not what it should be.
         ValueError: If the labels do not fit the network.
 
     Example:

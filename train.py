@@ -1,4 +1,4 @@
-"""Trains Melnyk-Net on scanned samples (GNT files), on drawn handwriting, or on both.
+"""Trains a network on scanned samples (GNT files), on drawn handwriting, or on both.
 
     python train.py --gnt HWDB1.0/ HWDB1.1/ --out runs/paper                  the paper's recipe on CASIA-HWDB
     python train.py --gnt HWDB1.1/ --init melnyk_net.h5 --learning-rate 0.01      start from our weights
@@ -47,7 +47,8 @@ from feed import (
     training_index,
 )
 from handwriting import MaterialError
-from melnyk_net import POOLINGS, load_model, melnyk_net, save_model
+from melnyk_net import ARCHITECTURES, load_model, save_model
+from pooling import POOLINGS
 from run_folder import RunFolder, RunFolderError
 
 
@@ -103,6 +104,13 @@ DRAWN = Recipe(
     average=0.99,
 )
 
+# What a network is computed in, unless --precision says otherwise.
+PRECISIONS = {
+    'melnyk_net': 'bfloat16',  # twice as fast as float32, and no worse
+    'mobilenet_v3_small': 'float32',  # processors have no fast depthwise convolution in bfloat16
+    'mobilenet_v3_large': 'float32',
+}
+
 LOWEST_RATE = 1e-6  # of `plateau`
 COSINE_FLOOR = 0.02  # share of the learning rate at the end of the cosine
 AVERAGE_EVERY = 10  # steps between two updates of the average of the weights: copying them costs time on an accelerator
@@ -119,13 +127,14 @@ class TrainingModel(keras.Model):
     """A student with its loss: batches of network inputs in, logits out.
 
     Args:
-        student: Melnyk-Net whose classifier gives logits.
+        student: Network whose classifier gives logits.
         teacher: Model that gives logits of the same classes, or `None`.
         label_weight: Weight of the label's cross-entropy beside the teacher's.
         temperature: Divides both logits before they are compared (G. Hinton et al., arXiv 1503.02531).
 
     Input shape:
-        `(batch, 96, 96)` uint8. Student and teacher see it at the size that each was built for.
+        `(batch, 96, 96)` uint8. Student and teacher see it at the size that each was built for. Where the teacher has
+        answered before: a tuple of that and its logits, `(batch, num_classes)` of any precision.
 
     Output shape:
         `(batch, num_classes)` float32.
@@ -140,7 +149,8 @@ class TrainingModel(keras.Model):
         self.label_weight = label_weight
         self.temperature = temperature
 
-    def call(self, images, training=None):
+    def call(self, inputs, training=None):
+        images = inputs[0] if isinstance(inputs, tuple) else inputs
         return ops.cast(self.student(resized(images, self.student.input_shape[1]), training=training), 'float32')
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -150,10 +160,13 @@ class TrainingModel(keras.Model):
         if not training:
             return labelled
         loss = sum(self.losses, start=ops.zeros(()))  # the L2 terms
-        if self.teacher is None:
+        if isinstance(x, tuple):
+            target = x[1]
+        elif self.teacher is not None:
+            target = ops.stop_gradient(self.teacher(resized(x, self.teacher.input_shape[1]), training=False))
+        else:
             return loss + labelled
-        target = ops.cast(self.teacher(resized(x, self.teacher.input_shape[1]), training=False), 'float32')
-        target = ops.log_softmax(ops.stop_gradient(target) / self.temperature)  # (batch, classes)
+        target = ops.log_softmax(ops.cast(target, 'float32') / self.temperature)  # (batch, classes)
         answer = ops.log_softmax(y_pred / self.temperature)
         divergence = ops.mean(ops.sum(ops.exp(target) * (target - answer), axis=-1))
         # The gradient of a softened softmax is smaller by the temperature squared.
@@ -264,8 +277,14 @@ def load_teacher(path: str | os.PathLike, num_classes: int, precision: str) -> k
     return as_logits(copy)
 
 
+def ask(teacher: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Return a teacher's logits of network inputs: `(n, 96, 96)` uint8 → `(n, classes)` float32."""
+    images = ops.convert_to_numpy(resized(ops.convert_to_tensor(images), teacher.input_shape[1]))
+    return np.asarray(teacher.predict_on_batch(images), np.float32)
+
+
 def carry_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copy the weights of one Melnyk-Net into another of a different input size or pooling.
+    """Copy the weights of one network into another of a different input size or pooling.
 
     The pooling weights of GWAP belong to places; at another size they are resampled so that their sum stays. Where the
     pooling is of another kind, the target's begins as the source's mean over the places, or stays as it is.
@@ -273,6 +292,8 @@ def carry_weights(source: keras.Model, target: keras.Model) -> None:
     Raises:
         TrainingError: If the networks differ in more than that.
     """
+    if source.name != target.name:
+        raise TrainingError(f'the weights to start from are of {source.name}; add --architecture {source.name}')
     given = {layer.name: layer for layer in source.layers}
     poolings = {name for name, _ in POOLINGS.values()}
     for layer in target.layers:
@@ -379,6 +400,87 @@ def prepare_data(options: argparse.Namespace) -> Data:
     return Data(mixed, validation, round(epoch_samples / options.gnt_share))
 
 
+class KeptSamples:
+    """Drawn samples that are gone through more than once, with the teacher's answers, in files of the run folder.
+
+    A small student learns faster than a teacher answers. The first pass draws and asks, the later ones read: step `i`
+    of the first pass writes batch `i`, and each later pass has an order of its own.
+
+    Args:
+        folder: Where the files are, or will be.
+        count: How many samples; a multiple of the batch size.
+        batch_size: Samples a step.
+        num_classes: Logits of a sample.
+        seed: Of the orders.
+        exists: Whether the files have to be there, since the run goes on.
+
+    Raises:
+        TrainingError: If they are not.
+    """
+
+    def __init__(self, folder: Path, count: int, batch_size: int, num_classes: int, seed: int, exists: bool):
+        self.steps, self.batch_size, self.seed = count // batch_size, batch_size, seed
+        shapes = {
+            'images': ((96, 96), 'u1'),
+            'labels': ((), 'i4'),
+            'trusted': ((), '?'),
+            'logits': ((num_classes,), 'f2'),
+        }
+        paths = {name: folder / f'kept_{name}.npy' for name in shapes}
+        try:
+            self.arrays = {
+                name: np.lib.format.open_memmap(paths[name], 'r+' if exists else 'w+', dtype, (count, *shape))
+                for name, (shape, dtype) in shapes.items()
+            }
+        except (FileNotFoundError, ValueError) as error:
+            raise TrainingError(
+                f'{folder}: the samples that the run kept are gone ({error}); start a new run'
+            ) from error
+
+    def write(self, step: int, batch: Batch, logits: np.ndarray) -> None:
+        """Keep a batch of the first pass."""
+        rows = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        # Sixteen bits are more digits than a teacher means; beyond their range a softmax is 0 or 1 anyway.
+        values = (*batch, np.clip(logits, -6e4, 6e4))
+        for array, value in zip(self.arrays.values(), values, strict=True):
+            array[rows] = value
+
+    def read(self, step: int) -> tuple[Batch, np.ndarray]:
+        """Return the batch of a step of a later pass, and the teacher's answers."""
+        number, place = divmod(step, self.steps)
+        order = np.random.default_rng([self.seed, number]).permutation(self.steps * self.batch_size)
+        rows = np.sort(order[place * self.batch_size : (place + 1) * self.batch_size])
+        *columns, logits = (array[rows] for array in self.arrays.values())
+        return Batch(*columns), logits
+
+
+def batches(
+    source: Source,
+    batch_size: int,
+    first: int,
+    workers: int | None,
+    rows: tuple[int, int],
+    teacher: keras.Model | None = None,
+    kept: KeptSamples | None = None,
+) -> Iterator[tuple[Batch, np.ndarray | None]]:
+    """Give the batch of each step from the first on, and the teacher's logits where samples are kept."""
+    step = first
+    if kept is None or step < kept.steps:
+        with Feed(source, batch_size, step, workers, rows) as feed:
+            for batch in feed:
+                logits = None
+                if kept:
+                    logits = ask(teacher, batch.images)
+                    kept.write(step, batch, logits)
+                yield batch, logits
+                step += 1
+                if kept and step == kept.steps:
+                    break
+    while True:
+        yield kept.read(step)
+        step += 1
+
+
 # --- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -429,12 +531,17 @@ class WeightAverage:
             self.model.set_weights(weights)
 
 
-def build(options: argparse.Namespace, recipe: Recipe) -> TrainingModel:
-    """Build student and teacher, with the weights to start from and the optimizer."""
+def build(options: argparse.Namespace, recipe: Recipe) -> tuple[TrainingModel, keras.Model | None]:
+    """Build student and teacher, with the weights to start from and the optimizer.
+
+    Returns:
+        The model to train, and the teacher, which is a part of it unless its answers are kept.
+    """
     keras.utils.set_random_seed(options.seed)
-    keras.config.set_dtype_policy('mixed_bfloat16' if options.precision == 'bfloat16' else 'float32')
-    student = melnyk_net(
-        (options.size, options.size, 1),
+    precision = options.precision or PRECISIONS[options.architecture]
+    keras.config.set_dtype_policy('mixed_bfloat16' if precision == 'bfloat16' else 'float32')
+    student = ARCHITECTURES[options.architecture](
+        input_shape=(options.size, options.size, 1),
         reg=recipe.l2,
         global_average_type=options.pooling,
         dropout=recipe.dropout,
@@ -442,12 +549,18 @@ def build(options: argparse.Namespace, recipe: Recipe) -> TrainingModel:
     )
     if options.init:
         carry_weights(load_model(options.init)[0], student)
+    if options.freeze and options.architecture != 'melnyk_net':
+        raise TrainingError(f'--freeze counts the convolutions of melnyk_net, received {options.architecture}')
     # The first two do a third of a step's work at 96 pixels, and edges of strokes are the same in every run.
     for number in range(1, options.freeze + 1):
         for kind in ('conv2d', 'batch_normalization'):
             student.get_layer(f'{kind}_{number}').trainable = False
-    teacher = load_teacher(options.teacher, student.output_shape[-1], options.precision) if options.teacher else None
-    model = TrainingModel(as_logits(student), teacher, recipe.label_weight, recipe.temperature)
+    teacher = None
+    if options.teacher:
+        teacher = load_teacher(options.teacher, student.output_shape[-1], options.precision or 'bfloat16')
+    model = TrainingModel(
+        as_logits(student), None if options.keep else teacher, recipe.label_weight, recipe.temperature
+    )
     if recipe.optimizer == 'sgd':
         optimizer = keras.optimizers.SGD(recipe.learning_rate, momentum=0.9)
     else:
@@ -463,7 +576,7 @@ def build(options: argparse.Namespace, recipe: Recipe) -> TrainingModel:
     )
     model.build((None, 96, 96))
     optimizer.build(model.trainable_variables)
-    return model
+    return model, teacher
 
 
 def validate(model: TrainingModel, samples: Batch, batch_size: int, rows: tuple[int, int]) -> dict[str, float]:
@@ -525,7 +638,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
     validate_every = epoch if by_epochs else max(1, options.validate_every // recipe.batch_size)
 
     # The model, new or as it was left.
-    model = build(options, recipe)
+    model, teacher = build(options, recipe)
     student = model.student
     average = WeightAverage(student, recipe.average)
     variables = [*student.variables, *model.optimizer.variables]
@@ -552,15 +665,22 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
     window: list[tuple[float, float]] = []  # (loss, accuracy) of each step since the last row of the log
     seconds_before, begin = counters.seconds, time.monotonic()
     window_begin = last_saved = begin
-    with Feed(data.source, recipe.batch_size, counters.step, options.workers, rows) as feed:
+    kept = None
+    if options.keep:
+        count = options.keep // recipe.batch_size * recipe.batch_size
+        classes = student.output_shape[-1]
+        kept = KeptSamples(folder.path, count, recipe.batch_size, classes, options.seed, bool(options.resume))
+    lessons = batches(data.source, recipe.batch_size, counters.step, options.workers, rows, teacher, kept)
+    with contextlib.closing(lessons):
         while counters.step < steps:
             # One step.
-            batch = next(feed)
+            batch, logits = next(lessons)
             if writes and counters.step == 0:
                 folder.draw_samples(batch.images)
             model.optimizer.learning_rate = counters.rate if by_epochs else cosine(recipe, counters.step, steps)
             trusted = batch.trusted.astype(np.float32)
-            result = model.train_on_batch(batch.images, batch.labels, trusted, return_dict=True)
+            inputs = batch.images if logits is None else (batch.images, logits)
+            result = model.train_on_batch(inputs, batch.labels, trusted, return_dict=True)
             loss, accuracy = float(result['loss']), float(result['top1'])
             counters.step += 1
             if not math.isfinite(loss):
@@ -712,6 +832,13 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         '--teacher', metavar='FILE', help='a model whose opinion of each sample is learned (.keras, or .h5 of ours)'
     )
+    g.add_argument(
+        '--keep',
+        type=_positive,
+        metavar='N',
+        help="draw N samples only, keep them and the teacher's answers on disk (17 KB each), and go through them again "
+        'and again: for small networks, which learn faster than a teacher answers',
+    )
     g.add_argument('--augment', action='store_true', help='turn, slant and stretch scanned samples a little')
     g.add_argument('--limit', type=_positive, help='learn from this many scanned samples only')
     g = p.add_argument_group('what to measure with')
@@ -722,6 +849,7 @@ def parser() -> argparse.ArgumentParser:
         '--validate-every', type=_positive, default=50_000, help='drawn samples between two (default: 50000)'
     )
     g = p.add_argument_group('the network')
+    g.add_argument('--architecture', choices=tuple(ARCHITECTURES), default='melnyk_net', help='default: melnyk_net')
     g.add_argument('--size', type=int, choices=(48, 64, 96), default=96, help='side of its input (default: 96)')
     g.add_argument('--pooling', choices=tuple(POOLINGS), default='GWAP', help='its global pooling (default: GWAP)')
     g.add_argument('--init', metavar='FILE.h5', help='weights to start from, of any size and pooling')
@@ -735,8 +863,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         '--precision',
         choices=('bfloat16', 'float32'),
-        default='bfloat16',
-        help='of the computation; weights are always float32 (default: bfloat16)',
+        help='of the computation; weights are always float32 (default: bfloat16, but float32 for MobileNetV3)',
     )
     g = p.add_argument_group("the recipe (defaults: the paper's for --gnt, our own for --drawn)")
     for name, kind, text in (
@@ -802,6 +929,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
         )
     if options.freeze and not options.init:
         p.error('--freeze is for weights that have learned: give --init FILE.h5, too')
+    if options.keep and not (options.drawn and options.teacher and not options.gnt and not options.coordinator):
+        p.error("--keep is for drawn samples and a teacher's answers, on one machine: give --drawn and --teacher alone")
     if not 0 <= options.process < options.processes:
         p.error(f'--process is 0 … {options.processes - 1}, received {options.process}')
     recipe = PAPER if options.gnt and not options.drawn and not options.teacher else DRAWN

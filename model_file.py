@@ -1,0 +1,228 @@
+"""Model files: what they say of themselves, and how they are read without being trusted.
+
+A model file is HDF5 as Keras writes it, plus one attribute with the label table. Reading one never deserialises
+anything: the network is built by the program, and the file gives numbers only, after they have been checked. Nothing
+here needs Keras.
+"""
+
+import contextlib
+import json
+import math
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from data_utils import LABELS
+
+DEFAULT_MODEL = Path(__file__).with_name('melnyk_net.h5')
+
+# The attribute of our files that says what the numbers mean, as JSON.
+_ATTRIBUTE = 'offline_hccr'
+_FORMAT = 1
+_MAGIC = b'\x89HDF\r\n\x1a\n'
+# Melnyk-Net with its optimizer's state takes 79 MB. More than this is no network of this project.
+_MAX_BYTES = 512 * 2**20
+_MAX_CLASSES = 30_000
+_MAX_SIDE = 512
+
+# The name of the pooling layer in the file says which of the three a network has.
+POOLING_NAMES = {
+    'GWAP': 'global_weighted_average_pooling2d_1',
+    'GWOAP': 'global_weighted_output_average_pooling2d_1',
+    'GAP': 'global_average_pooling2d_1',
+}
+
+
+class ModelFileError(ValueError):
+    """A model file that is not what it should be. Its text names the file, the reason and the next step."""
+
+    def __init__(self, path, reason, advice='use a model file that this program or the original has saved'):
+        super().__init__(f'{path}: {reason}; {advice}')
+        self.path, self.reason, self.advice = path, reason, advice
+
+
+class ModelInfo(NamedTuple):
+    """What a model file says of itself."""
+
+    input_shape: tuple[int, int, int]
+    global_average_type: str
+    labels: tuple[str, ...]
+    temperature: float
+    """The classifier's logits are divided by this before the softmax, so that the confidences come true."""
+    note: str
+    """Where the weights come from: a short model card."""
+    architecture: str = 'melnyk_net'
+    """`'melnyk_net'`, `'mobilenet_v3_small'` or `'mobilenet_v3_large'`."""
+
+    def checked(self) -> 'ModelInfo':
+        """Return it, with tuples where JSON has lists.
+
+        Raises:
+            ValueError: If a field is not what it should be.
+        """
+        info = self._replace(input_shape=tuple(self.input_shape), labels=tuple(self.labels))
+        shape = info.input_shape
+        if len(shape) != 3 or not all(type(n) is int and 0 < n <= _MAX_SIDE for n in shape):
+            raise ValueError(f'input_shape is (height, width, channels), received {shape!r}')
+        if info.global_average_type not in POOLING_NAMES:
+            raise ValueError(f'the pooling is one of {", ".join(POOLING_NAMES)}, received {info.global_average_type!r}')
+        if not all(isinstance(label, str) and len(label) == 1 for label in info.labels):
+            raise ValueError('every label is one character')
+        if len(set(info.labels)) != len(info.labels):
+            raise ValueError('a label occurs twice')
+        if len(info.labels) == len(LABELS) and info.labels != LABELS:
+            raise ValueError('3755 labels that are not the published class order')
+        if not (isinstance(info.temperature, float) and math.isfinite(info.temperature) and info.temperature > 0):
+            raise ValueError(f'temperature is a positive number, received {info.temperature!r}')
+        if not isinstance(info.note, str) or not isinstance(info.architecture, str):
+            raise ValueError(f'note and architecture are texts, received {info.note!r} and {info.architecture!r}')
+        return info
+
+    def to_json(self) -> str:
+        """Return the description that is stored in a file."""
+        meaning = {'format': _FORMAT, **self._asdict(), 'labels': ''.join(self.labels)}
+        return json.dumps(meaning, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, path, text) -> 'ModelInfo':
+        """Return what a description says.
+
+        Raises:
+            ModelFileError: If it is damaged, or of a later format; `path` is the file that the error names.
+        """
+        try:
+            meaning = json.loads(text)
+            if meaning.pop('format') > _FORMAT:
+                raise ModelFileError(path, 'it was saved by a newer version of this program', 'update the program')
+            return cls(**meaning).checked()
+        except ModelFileError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ModelFileError(path, f'its description is damaged ({error})') from error
+
+
+def describe(path, info: ModelInfo) -> None:
+    """Write the description into an HDF5 file that Keras has saved."""
+    with h5py.File(path, 'r+') as file:
+        file.attrs[_ATTRIBUTE] = info.to_json()
+
+
+def check_regular(path: Path) -> None:
+    """Raise what is to be said of a path that cannot be a model file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModelFileError: If it is a folder or device, or too large.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: no such model file; give one with --model, or train one with train.py')
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFileError(path, 'not a regular file')
+    if status.st_size > _MAX_BYTES:
+        raise ModelFileError(path, f'{status.st_size:,} bytes are more than any file of this network has')
+
+
+@contextlib.contextmanager
+def opened(path) -> Iterator['ModelFile']:
+    """Open an HDF5 model file that nobody should trust.
+
+    Args:
+        path: A whole-model or weights-only HDF5 file that Keras 2 or 3 wrote.
+
+    Yields:
+        A `ModelFile`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModelFileError: If a check fails, here or in the methods of the `ModelFile`.
+    """
+    path = Path(path)
+    check_regular(path)
+    try:
+        with open(path, 'rb') as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ModelFileError(path, 'not an HDF5 file')
+        with h5py.File(path, 'r') as file:
+            yield ModelFile(path, file)
+    except ModelFileError:
+        raise
+    except PermissionError as error:
+        raise ModelFileError(path, 'no permission to read it') from error
+    except Exception as error:  # the HDF5 library raises nearly anything on damaged data
+        raise ModelFileError(path, f'damaged HDF5 file ({error})', 'copy or download it again') from error
+
+
+class ModelFile:
+    """An open model file.
+
+    Attributes:
+        info: What it says of itself. A file without a label table is the original's, in the published class order.
+    """
+
+    def __init__(self, path: Path, file: h5py.File):
+        self._path = path
+        # Keras 2 writes a weights-only file without the outer group.
+        self._root = self._member(file, 'model_weights') if 'model_weights' in file else file
+        pooling = next((kind for kind, name in POOLING_NAMES.items() if name in self._root), None)
+        if pooling is None or 'dense_1' not in self._root:
+            raise ModelFileError(path, 'it does not hold a network of this project with its classifier')
+        num_classes = self._dataset('dense_1', 'bias').shape[0]
+        if not 1 <= num_classes <= _MAX_CLASSES:
+            raise ModelFileError(path, f'a classifier of {num_classes:,} classes')
+
+        if _ATTRIBUTE in file.attrs:
+            self.info = ModelInfo.from_json(path, file.attrs[_ATTRIBUTE])
+        elif num_classes == len(LABELS):
+            self.info = ModelInfo((96, 96, 1), pooling, LABELS, 1.0, '')
+        else:
+            raise ModelFileError(path, f'{num_classes} classes and no label table')
+        if self.info.global_average_type != pooling:
+            raise ModelFileError(path, f'described as {self.info.global_average_type}, but it is {pooling}')
+        if len(self.info.labels) != num_classes:
+            raise ModelFileError(path, f'{len(self.info.labels)} labels for {num_classes} classes')
+
+    def refuse_other_layers(self, expected: Iterable[str]) -> None:
+        """Raise `ModelFileError` if the file holds a layer that the network has not."""
+        strange = sorted(set(self._root) - set(expected) - {'top_level_model_weights'})
+        if strange:
+            raise ModelFileError(self._path, f'it has layers that the network has not: {", ".join(strange[:3])}')
+
+    def weight(self, layer: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the float32 weight of a layer.
+
+        Args:
+            layer: Name of the layer.
+            name: Name of the weight in it, such as `'kernel'`.
+            shape: What it has to have.
+
+        Raises:
+            ModelFileError: If it is missing, not stored in the file itself, of another shape, or not finite.
+        """
+        dataset = self._dataset(layer, name)
+        if dataset.shape != shape:
+            raise ModelFileError(self._path, f'{layer}/{name} has the shape {dataset.shape} instead of {shape}')
+        values = dataset[()].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ModelFileError(self._path, f'{layer}/{name} has values that are not finite')
+        return values
+
+    def _member(self, group, name):
+        """Return a member of an HDF5 group that lies in the same file; links are how a file reads other files."""
+        if not isinstance(group, h5py.Group) or not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ModelFileError(self._path, f'{name!r} is missing, or a link')
+        return group[name]
+
+    def _dataset(self, layer, name):
+        group = self._member(self._member(self._root, layer), layer)
+        # Keras 2 wrote TensorFlow's names, `kernel:0`.
+        dataset = self._member(group, name if name in group else f'{name}:0')
+        if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+            raise ModelFileError(self._path, f'{layer}/{name} is not stored in the file itself')
+        if dataset.dtype.kind != 'f' or not dataset.shape:
+            raise ModelFileError(self._path, f'{layer}/{name} is not an array of floating-point numbers')
+        return dataset

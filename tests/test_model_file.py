@@ -1,0 +1,139 @@
+"""Files that nobody should trust, read through `load_model`."""
+
+import json
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from data_utils import LABELS
+from melnyk_net import load_model
+from model_file import ModelFileError
+
+ROOT = Path(__file__).parents[1]
+
+
+def change(path, small_file, edit):
+    """Copy a good file and edit it with h5py."""
+    path.write_bytes(small_file.read_bytes())
+    with h5py.File(path, 'r+') as file:
+        edit(file)
+    return path
+
+
+def described(file, **changes):
+    meaning = json.loads(file.attrs['offline_hccr']) | changes
+    file.attrs['offline_hccr'] = json.dumps(meaning)
+
+
+def replaced(file, name, **dataset):
+    name = f'model_weights/{name}'
+    del file[name]
+    file.create_dataset(name, **dataset)
+
+
+BIAS, CONV = 'dense_1/dense_1/bias', 'conv2d_2/conv2d_2/kernel'
+
+
+def external_link(file):
+    del file['model_weights/dense_1']
+    file['model_weights/dense_1'] = h5py.ExternalLink('/etc/passwd', '/')
+
+
+def soft_link(file):
+    file.move(f'model_weights/{BIAS}', 'elsewhere')
+    file[f'model_weights/{BIAS}'] = h5py.SoftLink('/elsewhere')
+
+
+def external_storage(file):
+    replaced(file, BIAS, shape=(5,), dtype='f4', external=[('/etc/passwd', 0, 20)])
+
+
+def virtual_dataset(file):
+    layout = h5py.VirtualLayout((5,), 'f4')
+    layout[:] = h5py.VirtualSource('/etc/passwd', 'x', (5,))
+    del file[f'model_weights/{BIAS}']
+    file.create_virtual_dataset(f'model_weights/{BIAS}', layout)
+
+
+HOSTILE = {
+    'external link': (external_link, 'missing, or a link'),
+    'soft link': (soft_link, 'missing, or a link'),
+    'external storage': (external_storage, 'not stored in the file'),
+    'virtual dataset': (virtual_dataset, 'not stored in the file'),
+    'shape bomb': (lambda f: replaced(f, BIAS, shape=(2**40,), dtype='f4', chunks=(2**20,)), 'classes'),
+    'kernel bomb': (lambda f: replaced(f, CONV, shape=(2**40,), dtype='f4', chunks=(2**20,)), 'shape'),
+    'wrong shape': (lambda f: replaced(f, CONV, data=np.zeros((3, 3, 64, 63), 'f4')), 'shape'),
+    'scalar': (lambda f: replaced(f, BIAS, data=np.float32(1)), 'not an array'),
+    'text': (lambda f: replaced(f, BIAS, data=[b'abc'] * 5), 'not an array'),
+    'not finite': (lambda f: replaced(f, BIAS, data=np.array([0, 1, np.nan, 0, 0], 'f4')), 'not finite'),
+    'a group for a dataset': (
+        lambda f: (f.__delitem__(f'model_weights/{BIAS}'), f.create_group(f'model_weights/{BIAS}')),
+        'dense_1',
+    ),
+    'missing layer': (lambda f: f.__delitem__('model_weights/conv2d_3'), 'missing'),
+    'missing classifier': (lambda f: f.__delitem__('model_weights/dense_1'), 'does not hold'),
+    'another layer': (lambda f: f.create_group('model_weights/lambda_1'), 'lambda_1'),
+    'no label table': (lambda f: f.attrs.__delitem__('offline_hccr'), 'no label table'),
+    'pickled label table': (lambda f: f.attrs.__setitem__('offline_hccr', np.void(b'\x80\x04N.')), 'description'),
+    'too few labels': (lambda f: described(f, labels='一二'), '2 labels'),
+    'a label twice': (lambda f: described(f, labels='一一二三人'), 'twice'),
+    'labels that are numbers': (lambda f: described(f, labels=[1, 2, 3, 4, 5]), 'one character'),
+    'infinite temperature': (lambda f: described(f, temperature=float('inf')), 'temperature'),
+    'huge input': (lambda f: described(f, input_shape=[10**6, 10**6, 1]), 'input_shape'),
+    'another pooling': (lambda f: described(f, global_average_type='GAP'), 'described as GAP'),
+    'unknown field': (lambda f: described(f, code='import os'), 'description'),
+    'newer format': (lambda f: described(f, format=2), 'newer version'),
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE)
+def test_hostile_files_are_refused(tmp_path, small_file, case):
+    edit, reason = HOSTILE[case]
+    path = change(tmp_path / 'a.h5', small_file, edit)
+    with pytest.raises(ModelFileError, match=reason) as refusal:
+        load_model(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_swapped_table_of_3755_labels_is_refused(tmp_path):
+    def swap(file):
+        described(file, labels=''.join((LABELS[1], LABELS[0], *LABELS[2:])))
+
+    with pytest.raises(ModelFileError, match='class order'):
+        load_model(change(tmp_path / 'a.h5', ROOT / 'melnyk_net.h5', swap))
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [(b'', 'not an HDF5'), (b'text', 'not an HDF5'), (b'\x89HDF\r\n\x1a\n' + bytes(500), 'damaged')],
+)
+def test_what_is_no_model_file_is_refused(tmp_path, content, reason):
+    (tmp_path / 'a.h5').write_bytes(content)
+    with pytest.raises(ModelFileError, match=reason):
+        load_model(tmp_path / 'a.h5')
+
+
+def test_truncated_missing_and_special_files_are_refused(tmp_path, small_file):
+    (tmp_path / 'a.h5').write_bytes(small_file.read_bytes()[:100_000])
+    with pytest.raises(ModelFileError, match='damaged'):
+        load_model(tmp_path / 'a.h5')
+    with pytest.raises(FileNotFoundError, match='no such model file'):
+        load_model(tmp_path / 'b.h5')
+    with pytest.raises(ModelFileError, match='not a regular file'):
+        load_model(tmp_path)
+
+
+def test_a_lambda_layer_is_refused_and_never_run(tmp_path):
+    marker = tmp_path / 'marker'
+    image = keras.Input((96, 96, 1), name='input_1')
+    x = keras.layers.Lambda(lambda x, path=str(marker): (open(path, 'w').close(), x)[1], name='lambda_1')(image)
+    x = keras.layers.GlobalAveragePooling2D(name='global_average_pooling2d_1')(x)
+    x = keras.layers.Dense(5, name='dense_1')(x)
+    keras.Model(image, x).save(tmp_path / 'a.h5')
+    marker.unlink()
+    with pytest.raises(ModelFileError):
+        load_model(tmp_path / 'a.h5')
+    assert not marker.exists()
