@@ -7,15 +7,18 @@ the network sees one kind of picture. No function keeps state, and none changes 
 """
 
 import contextlib
+import errno
 import glob
 import math
 import os
 import re
+import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 # --- The classes -----------------------------------------------------------------------------------------------------
 
@@ -94,6 +97,10 @@ SUFFIXES = frozenset(
 )
 
 
+# By which JPEG files can be reduced while they are decoded.
+_DIVISORS = (1, 2, 4, 8)
+
+
 class ImageError(ValueError):
     """An image that cannot be read or recognised. Its text says why and what to do next."""
 
@@ -107,8 +114,40 @@ def printable(text) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
+# Why a file cannot be written, and what to do about it.
+_NO_ROOM = 'there is no room for it; free some space on that disk, or write to another'
+_NO_ENTRY = 'nothing can be written there; allow it, or write to another folder'
+_WRITE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_ENTRY),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), 'there is no such folder; make it first'),
+    errno.ENAMETOOLONG: 'the name is too long; choose a shorter one',
+}
+
+
 @contextlib.contextmanager
-def written_aside(path: str | os.PathLike) -> Iterator[Path]:
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Say in one line why a file cannot be written and what to do, whatever the library that writes it says.
+
+    Args:
+        path: The file that the error names.
+
+    Raises:
+        OSError: In place of one whose number tells the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        # With one argument its text is what is printed, without the number.
+        clear = OSError(f'{path}: {_WRITE_ERRORS[error.errno]}')
+        clear.errno = error.errno
+        raise clear from error
+
+
+@contextlib.contextmanager
+def written_aside(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
     """Write a file so that nobody ever sees half of it: give a path beside it, and rename that at the end.
 
     Whatever goes wrong meanwhile, an older file stays as it was, and nothing is left lying about. Where the process is
@@ -116,31 +155,53 @@ def written_aside(path: str | os.PathLike) -> Iterator[Path]:
 
     Args:
         path: Where the file is to be. Its folder exists.
+        size: Bytes that are tried before, for libraries that do not survive a full disk, as HDF5. Defaults to `0`.
 
     Yields:
         The path to write to, with the same suffix.
+
+    Raises:
+        OSError: If it cannot be written, see `writing`.
     """
     path = Path(path)
-    aside = path.with_name(f'.{path.stem}.part{path.suffix}')
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    # A name of 255 bytes is as long as names can be: such a file has a short one while it is written.
+    stem = path.stem if len(os.fsencode(path.name)) < 240 else f'{zlib.crc32(os.fsencode(path.name)):08x}'
+    aside = path.with_name(f'.{stem}.part{path.suffix}')
+    with writing(path):
+        try:
+            if size:
+                _try_room(aside, size)
+            yield aside
+            aside.replace(path)
+        finally:
+            # What went wrong is said already, and is likely to go wrong here as well.
+            with contextlib.suppress(OSError):
+                aside.unlink()
+
+
+def _try_room(path: Path, size: int) -> None:
+    with path.open('wb') as file:
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for _ in range(-(-size // 2**20)):
+                file.write(bytes(2**20))
 
 
 def natural_key(path) -> list:
     """Sort key that puts `9.png` before `10.png` and ignores case."""
-    parts = re.split(r'(\d+)', str(path).casefold())
+    # Names in archives may be thousands of digits long, which Python does not take for a number.
+    parts = re.split(r'(\d{1,1000})', str(path).casefold())
     return [(int(part), '') if part.isdecimal() else (math.inf, part) for part in parts]
 
 
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """Return the image files that files, folders and glob patterns name.
 
-    A folder gives every file below it whose suffix is one of an image (in any case), hidden ones left out. A file that
-    is named itself is taken whatever its suffix, since the content decides. Links to folders are not followed inside a
-    folder, so that a loop of links cannot hold the program.
+    A folder gives every file below it whose suffix is one of an image (in any case), hidden ones left out, and folders
+    that may not be read, for `open_image` to say so. A file that is named itself is taken whatever its suffix, since
+    the content decides. Links to folders are not followed inside a folder, so that a loop of links cannot hold the
+    program.
 
     Args:
         sources: Paths or patterns such as `scans/*.png`; `~` stands for the home folder.
@@ -153,10 +214,11 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
+        # These of os.path raise nothing: not for the home of nobody, nor for a name that is too long or out of reach.
+        path = Path(os.path.expanduser(source))
+        if os.path.isdir(path):
             files = sorted(_images_below(path), key=natural_key)
-        elif path.exists():
+        elif os.path.exists(path):
             files = [path]
         else:
             # include_hidden stays off: a pattern means the same as a folder.
@@ -169,14 +231,16 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
+    unreadable = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: unreadable.append(Path(error.filename))):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in names:
             if not name.startswith('.') and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(root, name)
+    yield from unreadable
 
 
-def open_image(path: str | os.PathLike) -> np.ndarray:
+def open_image(path: str | os.PathLike, reduced: bool = False) -> np.ndarray:
     """Open an image file as RGB, as it is meant to be looked at.
 
     The content decides on the format, never the suffix. The EXIF orientation is applied, transparent parts show white
@@ -184,19 +248,19 @@ def open_image(path: str | os.PathLike) -> np.ndarray:
 
     Args:
         path: A PNG, JPEG, BMP, GIF, TIFF, WebP or PNM file.
+        reduced: Whether a large JPEG photo may come at a half, a quarter or an eighth of its size, as long as its
+            writing keeps twice the pixels that the network gets, which takes a third of the time. It is for
+            `network_input` with its crop. Defaults to `False`.
 
     Returns:
-        uint8 array of shape `(height, width, 3)`, values 0..255.
+        uint8 array of shape `(height, width, 3)`, values 0..255; it may be read-only.
 
     Raises:
         ImageError: If the file cannot be read, is no image, is damaged, or has more than
             `PIL.Image.MAX_IMAGE_PIXELS` pixels, 89 million, as decompression bombs do.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError  # Pillow itself refuses twice that, and warns meanwhile
-            return _to_rgb(image)
+        return _opened_reduced(path) if reduced else _opened(path)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -204,7 +268,7 @@ def open_image(path: str | os.PathLike) -> np.ndarray:
     except FileNotFoundError as error:
         raise ImageError('no such file') from error
     except IsADirectoryError as error:
-        raise ImageError('this is a folder') from error
+        raise ImageError('this is a folder' if os.access(path, os.R_OK) else 'a folder that may not be read') from error
     except PermissionError as error:
         raise ImageError('no permission to read the file') from error
     except Image.UnidentifiedImageError as error:
@@ -213,16 +277,53 @@ def open_image(path: str | os.PathLike) -> np.ndarray:
         raise ImageError(f'damaged image: {str(error) or type(error).__name__}') from error
 
 
+# Decoding takes ten bytes a pixel and more, so pictures of more pixels than this are decoded one at a time.
+_LARGE_PIXELS = 2**24
+_one_large = threading.Lock()
+
+
+def _opened(path: str | os.PathLike, divisor: int = 1) -> np.ndarray:
+    with Image.open(path, formats=FORMATS) as image:
+        return _decoded(image, divisor)
+
+
+def _opened_reduced(path: str | os.PathLike) -> np.ndarray:
+    with Image.open(path, formats=FORMATS) as image:
+        # The writing is found on a copy of `_INK_SIDE`, whatever the size of the picture: twice that will do first.
+        longer = max(image.size) if image.format == 'JPEG' else 0
+        divisor = max(divisor for divisor in _DIVISORS if divisor == 1 or longer >= 2 * _INK_SIDE * divisor)
+        picture = _decoded(image, divisor)
+    if divisor == 1:
+        return picture
+    try:
+        white, scale = _whitened_writing(picture)
+        side = divisor * scale * max(crop_to_ink(white).shape)
+    except NoInkError:
+        side = 0  # there may be some, very small
+    enough = max(finer for finer in _DIVISORS if finer == 1 or (finer <= divisor and side >= _INK_SIDE / 2 * finer))
+    return picture if enough == divisor else _opened(path, enough)
+
+
+def _decoded(image: Image.Image, divisor: int) -> np.ndarray:
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError  # Pillow itself refuses twice that, and warns meanwhile
+    if divisor > 1:
+        image.draft(None, (image.width // divisor, image.height // divisor))
+    with _one_large if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
+        return _to_rgb(image)
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     image.seek(0)
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith('I') or image.mode == 'F':
         return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
         image = image.convert('RGBA')
-        page = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(page, image)
-    return np.array(image.convert('RGB'))
+        page = Image.new('RGB', image.size, 'white')
+        page.paste(image, mask=image.getchannel('A'))
+        image = page
+    return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
@@ -265,6 +366,11 @@ _RULED_PAGE = 140
 # A blot that has less than this part of all ink is dust; the smallest dot of a character has several times more.
 _DUST = 0.004
 
+# Coloured pictures of more bytes than this are reduced row by row.
+_LARGE = 1 << 20
+
+_LEVELS = np.arange(256)
+
 
 def otsu_threshold(gray: np.ndarray) -> int:
     """Return the gray level that best parts an image into dark and light.
@@ -278,17 +384,34 @@ def otsu_threshold(gray: np.ndarray) -> int:
     Returns:
         `t` in 0..255; values `<= t` are the dark class. An image of a single value gives that value.
     """
-    histogram = np.bincount(gray.ravel(), minlength=256).astype(np.float64)
-    dark = np.cumsum(histogram)
-    dark_sum = np.cumsum(histogram * np.arange(256))
-    light = dark[-1] - dark
-    with np.errstate(divide='ignore', invalid='ignore'):
-        between = (dark_sum[-1] * dark - dark_sum * dark[-1]) ** 2 / (dark * light)
-    between = np.nan_to_num(between, nan=0.0, posinf=0.0)
-    if not between.any():
-        return int(gray.flat[0])
+    return _otsu(_histogram(gray))
+
+
+def _otsu(histogram: np.ndarray) -> int:
+    levels = np.flatnonzero(histogram)
+    first, last = int(levels[0]), int(levels[-1])
+    if first == last:
+        return first
+    # Thresholds that leave both classes something.
+    dark = np.cumsum(histogram[first:last], dtype=np.float64)
+    dark_sum = np.cumsum(histogram[first:last] * _LEVELS[first:last], dtype=np.float64)
+    total, total_sum = dark[-1] + histogram[last], dark_sum[-1] + last * histogram[last]
+    between = (total_sum * dark - dark_sum * total) ** 2 / (dark * (total - dark))
     # The measure is flat between two peaks: its middle leaves the same room on both sides.
-    return int(np.flatnonzero(between >= between.max() * (1 - 1e-9)).mean())
+    return first + int(np.flatnonzero(between >= between.max() * (1 - 1e-9)).mean())
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Count the gray levels of a uint8 array: int64 of shape `(256,)`."""
+    return np.bincount(values.ravel(), minlength=256)
+
+
+def _quantile(histogram: np.ndarray, fraction: float) -> float:
+    """Return a quantile of the values that a histogram counts, between two of them by linear interpolation."""
+    up_to = np.cumsum(histogram)
+    place = fraction * float(up_to[-1] - 1)
+    low, high = np.searchsorted(up_to, (math.floor(place), math.ceil(place)), side='right')
+    return float(low + (high - low) * (place % 1))
 
 
 def to_gray(image: np.ndarray) -> np.ndarray:
@@ -308,17 +431,18 @@ def to_gray(image: np.ndarray) -> np.ndarray:
         return image
     luma = np.asarray(Image.fromarray(image).convert('L'))
     small = _reduced(image, 2 * _LIGHT_SIDE)
-    if np.ptp(small, axis=2).max() < 40:  # no colour to speak of
+    red, green, blue = (small[..., channel] for channel in range(3))
+    colour = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    if colour.max(initial=0) < 40:  # none to speak of
         return luma
     small_luma = _reduced(luma, 2 * _LIGHT_SIDE)
     dark_paper = is_dark_paper(small_luma)
-    views = [small_luma, *np.moveaxis(small, 2, 0)]
-    contrasts = np.stack([255 - _flatten(view, dark_paper)[0] for view in views])
+    contrasts = np.stack([255 - _flatten(view, dark_paper)[0] for view in (small_luma, red, green, blue)])
     marks = contrasts.max(axis=0) > 2 * _MIN_CONTRAST
     if not marks.any():
         return luma
     contrasts = contrasts[:, marks]
-    full = np.percentile(contrasts, 95, axis=1, keepdims=True)
+    full = np.array([[_quantile(_histogram(contrast), 0.95)] for contrast in contrasts])
     # 1 where every mark is as dark as ink or as light as paper, 0 where all are in between.
     decided = np.abs(2 * np.minimum(contrasts / np.maximum(full, 1), 1) - 1).mean(axis=1)
     decided[full[:, 0] < 0.6 * full[0, 0]] = 0
@@ -332,7 +456,82 @@ def _reduced(image: np.ndarray, side: int) -> np.ndarray:
     if factor <= 1:
         return image
     height, width = image.shape[:2]
-    return np.asarray(Image.fromarray(image).reduce((min(factor, width), min(factor, height))))
+    across, down = min(factor, width), min(factor, height)
+    if image.ndim == 3 and image.size > _LARGE:
+        # Pillow would first copy all of it into pixels of four bytes, which takes longer than to add up the rows.
+        image, down = _reduced_rows(image, down), 1
+    return np.asarray(Image.fromarray(image).reduce((across, down)))
+
+
+def _reduced_rows(image: np.ndarray, factor: int) -> np.ndarray:
+    """Average every `factor` rows; the last of them may be fewer."""
+    whole = len(image) // factor * factor
+    blocks = image[:whole].reshape(-1, factor, *image.shape[1:])
+    rows = (np.add.reduce(blocks, axis=1, dtype=np.uint32 if factor > 257 else np.uint16) + factor // 2) // factor
+    rest = image[whole:]
+    return np.concatenate((rows, rest.mean(axis=0, keepdims=True).round()) if len(rest) else (rows,)).astype(np.uint8)
+
+
+def _running(extreme: np.ufunc, image: np.ndarray, before: int, after: int) -> np.ndarray:
+    """Return the maximum or minimum around every pixel: that of the rows and columns `i - before` to `i + after`.
+
+    The window doubles with every pass, so that the time grows with the logarithm of its size (M. van Herk, "A fast
+    algorithm for local minimum and maximum filters on rectangular and octagonal kernels", Pattern Recognition Letters
+    13, 1992, gives the way that has no logarithm, which pays for larger images).
+
+    Args:
+        extreme: `np.maximum` or `np.minimum`.
+        image: uint8 array of shape `(height, width)`.
+        before: Pixels that the window reaches up and to the left.
+        after: Pixels that it reaches down and to the right.
+
+    Returns:
+        uint8 array of the same shape. At the edges the window holds what there is of it.
+    """
+    for _ in range(2):  # down, then across
+        padded = np.full((before + len(image) + after, image.shape[1]), 0 if extreme is np.maximum else 255, np.uint8)
+        padded[before : before + len(image)] = image
+        span = 1
+        while span <= before + after:
+            step = min(span, before + after + 1 - span)
+            padded = extreme(padded[:-step], padded[step:])
+            span += step
+        image = padded.T
+    return image
+
+
+def _grown(mask: np.ndarray, times: int = 1) -> np.ndarray:
+    """Return a mask grown by its neighbours above, below, left and right, so many times."""
+    for _ in range(times):
+        grown = mask.copy()
+        grown[1:] |= mask[:-1]
+        grown[:-1] |= mask[1:]
+        grown[:, 1:] |= mask[:, :-1]
+        grown[:, :-1] |= mask[:, 1:]
+        mask = grown
+    return mask
+
+
+def _median_of_nine(image: np.ndarray) -> np.ndarray:
+    """Return the median of every pixel and its eight neighbours, the edges repeated. uint8 `(height, width)`."""
+    padded = np.pad(image, 1, mode='edge')
+    top, middle, bottom = padded[:-2], padded[1:-1], padded[2:]
+    low, high = np.minimum(top, middle), np.maximum(top, middle)
+    # Each column of three in order; the median is that of the largest low, the middle mid and the smallest high one.
+    low, middle, high = np.minimum(low, bottom), np.maximum(low, np.minimum(high, bottom)), np.maximum(high, bottom)
+    low = np.maximum(np.maximum(low[:, :-2], low[:, 1:-1]), low[:, 2:])
+    high = np.minimum(np.minimum(high[:, :-2], high[:, 1:-1]), high[:, 2:])
+    return _median_of_three(_median_of_three(middle[:, :-2], middle[:, 1:-1], middle[:, 2:]), low, high)
+
+
+def _median_of_three(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> np.ndarray:
+    return np.maximum(np.minimum(first, second), np.minimum(np.maximum(first, second), third))
+
+
+def _paper_window(small: np.ndarray) -> tuple[int, int]:
+    """Return how far the window of the closing reaches to both sides of a pixel."""
+    window = max(3, round(max(small.shape) * _PAPER_WINDOW))
+    return (window - 1) // 2, window // 2
 
 
 def paper_level(gray: np.ndarray) -> np.ndarray:
@@ -347,14 +546,17 @@ def paper_level(gray: np.ndarray) -> np.ndarray:
     Returns:
         float32 array of the same shape, values 1..255.
     """
-    from scipy import ndimage
-
     small = _reduced(gray, _LIGHT_SIDE)
-    window = max(3, round(max(small.shape) * _PAPER_WINDOW))
-    closed = ndimage.grey_closing(small, size=(window, window), mode='nearest')
-    # Beside the edge of a shadow rather too dark than too light: that edge would look like ink.
-    closed = ndimage.minimum_filter(closed, 3, mode='nearest')
-    level = Image.fromarray(closed.astype(np.float32)).resize(gray.shape[::-1], Image.Resampling.BILINEAR)
+    before, after = _paper_window(small)
+    return _enlarged_paper(_running(np.maximum, small, before, after), gray.shape)
+
+
+def _enlarged_paper(brightest: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    before, after = _paper_window(brightest)
+    # The second half of the closing. One pixel wider: beside the edge of a shadow rather too dark than too light, as
+    # that edge would look like ink.
+    closed = _running(np.minimum, brightest, after + 1, before + 1)
+    level = Image.fromarray(closed.astype(np.float32)).resize(shape[::-1], Image.Resampling.BILINEAR)
     return np.maximum(np.asarray(level), 1)
 
 
@@ -369,12 +571,16 @@ def _flatten(gray: np.ndarray, dark_paper: bool) -> tuple[np.ndarray, bool]:
         uint8 array of the same shape, paper near 255, ink darker; and whether the paper was white all over.
     """
     page = 255 - gray if dark_paper else gray
-    paper = paper_level(page)
+    small = _reduced(page, _LIGHT_SIDE)
+    brightest = _running(np.maximum, small, *_paper_window(small))
+    if brightest.min() >= _WHITE_PAPER:  # nowhere is there a window without white paper
+        return page, True
+    paper = _enlarged_paper(brightest, gray.shape)
     # Dark ink takes the same part of any light. Light ink adds to the little that dark paper gives back, and a ratio of
     # two dark levels would be noise.
     flat = 255 - (paper - page) if dark_paper else page * (255 / paper)
     flat = np.where(paper - page < _MIN_CONTRAST / 2, np.maximum(flat, 255 - _MIN_CONTRAST), flat)
-    return np.clip(flat, 0, 255).astype(np.uint8), bool(paper.min() >= _WHITE_PAPER)
+    return np.clip(flat, 0, 255).astype(np.uint8), False
 
 
 def is_dark_paper(gray: np.ndarray) -> bool:
@@ -387,14 +593,12 @@ def is_dark_paper(gray: np.ndarray) -> bool:
     Args:
         gray: uint8 array of shape `(height, width)`.
     """
-    from scipy import ndimage
-
     small = _reduced(gray, _LIGHT_SIDE)
-    white, black = np.mean(small >= _WHITE_PAPER), np.mean(small <= 255 - _WHITE_PAPER)
-    if max(white, black) > 0.25:  # a clean scan or drawing: its paper is quite white or quite black
-        return bool(black > white)
-    values = small.astype(np.float32)
-    difference = values - ndimage.gaussian_filter(values, max(small.shape) * _PAPER_WINDOW / 2, mode='nearest')
+    white, black = np.count_nonzero(small >= _WHITE_PAPER), np.count_nonzero(small <= 255 - _WHITE_PAPER)
+    if max(white, black) > small.size / 4:  # a clean scan or drawing: its paper is quite white or quite black
+        return black > white
+    blur = ImageFilter.GaussianBlur(max(small.shape) * _PAPER_WINDOW / 2)
+    difference = small - np.asarray(Image.fromarray(small).filter(blur), np.float32)
     return bool((difference**3).sum() > 0)
 
 
@@ -414,14 +618,12 @@ def whiten(gray: np.ndarray) -> np.ndarray:
     Raises:
         NoInkError: If nothing stands out from the paper.
     """
-    from scipy import ndimage
-
     if not gray.size:
         raise NoInkError('the image is empty')
     flat, clean_scan = _flatten(gray, is_dark_paper(gray))
     level, spread = (255, 0) if clean_scan else _paper_statistics(flat)
     if spread > 2:
-        flat = ndimage.median_filter(flat, 3, mode='nearest')
+        flat = _median_of_nine(flat)
         level, spread = _paper_statistics(flat)
 
     marks = flat <= min(otsu_threshold(flat), level - max(_MIN_CONTRAST, _MIN_CONTRAST_SPREAD * spread))
@@ -430,37 +632,98 @@ def whiten(gray: np.ndarray) -> np.ndarray:
         raise NoInkError('nothing is written on it, or it is too faint: use a darker pen or more light')
 
     # The soft edges of the strokes are lighter than the threshold: ink is what hangs together with strong ink.
-    contrast = level - float(np.median(flat[strong]))
+    contrast = level - _quantile(_histogram(flat[strong]), 0.5)
     white = _WHITE_PAPER if clean_scan else level - max(3 * spread, _SOFT_EDGE * contrast)
     ink = flat < white
-    near = ndimage.binary_dilation(strong, iterations=max(1, round(max(gray.shape) / 100)))
+    near = _grown(strong, max(1, round(max(gray.shape) / 100)))
     if np.count_nonzero(ink & ~near) > 0.3 * np.count_nonzero(strong):
         ink &= near  # something else is there that is fainter than the writing: printed lines, the other side
-    if np.count_nonzero(marks) > np.count_nonzero(strong):
-        ink &= strong | ~ndimage.binary_dilation(marks & ~strong)  # the lines go with their soft edges
-    blots, count = ndimage.label(ink, structure=np.ones((3, 3)))
-    darkness = ndimage.sum_labels(np.where(strong, 255.0 - flat, 0), blots, np.arange(count + 1))
-    darkness[0] = 0
-    ink = (darkness > _DUST * darkness.sum())[blots]
+    if strong is not marks:
+        ink &= strong | ~_grown(marks & ~strong)  # the lines go with their soft edges
+    ink = _without_dust(ink, np.where(strong, 255 - flat, 0))
 
+    # Linear in the gray level, so a table of the levels is enough.
     gain = 255 / white * max(1.0, _FAINT_CONTRAST / contrast)
-    darkened = np.clip(255 - (white - flat.astype(np.float32)) * gain, 0, 254)
-    return np.where(ink, darkened, 255).astype(np.uint8)
+    darkened = np.clip(255 - (white - _LEVELS) * gain, 0, 254).astype(np.uint8)
+    return np.where(ink, darkened[flat], np.uint8(255))
+
+
+def _without_dust(ink: np.ndarray, darkness: np.ndarray) -> np.ndarray:
+    """Remove the blots that have next to nothing of the darkness of all.
+
+    A blot is what hangs together, corners included. It is put together from runs, the stretches of ink in a row.
+
+    Args:
+        ink: bool array of shape `(height, width)`.
+        darkness: uint8 array of the same shape, 0 where it does not count.
+
+    Returns:
+        bool array of the same shape.
+    """
+    # All rows in one line, with paper between them: a run never goes over the edge, and what touches it in the next
+    # row lies one row length ahead.
+    height, row = ink.shape[0], ink.shape[1] + 2
+    line, weights = np.zeros((2, height, row), np.uint8)
+    line[:, 1:-1] = ink
+    weights[:, 1:-1] = darkness
+    edges = np.flatnonzero(np.diff(line.ravel())) + 1
+    if not len(edges):
+        return ink
+    starts, stops = edges[::2], edges[1::2]
+    of_run = np.add.reduceat(weights.ravel(), edges, dtype=np.int64)[::2]
+    blot = _blots(starts, stops, row)
+    of_blot = np.bincount(blot, of_run)
+    is_dust = of_blot[blot] <= _DUST * of_run.sum()
+    if not is_dust.any():
+        return ink
+    change = np.zeros(line.size, np.int8)
+    change[starts[~is_dust]] = 1
+    change[stops[~is_dust]] = -1
+    return np.cumsum(change, dtype=np.int8).reshape(height, row)[:, 1:-1].astype(bool)
+
+
+def _blots(starts: np.ndarray, stops: np.ndarray, row: int) -> np.ndarray:
+    """Number runs so that those which touch have the same number: their first one's.
+
+    Args:
+        starts: int array of shape `(runs,)`: where each begins in the line of rows, rising.
+        stops: int array of shape `(runs,)`: where each has ended.
+        row: Length of a row.
+
+    Returns:
+        int array of shape `(runs,)`.
+    """
+    first = np.searchsorted(stops, starts + row, side='left')
+    last = np.searchsorted(starts, stops + row, side='right')
+    touching = np.maximum(last - first, 0)
+    above = np.repeat(np.arange(len(starts)), touching)
+    below = np.arange(len(above)) + np.repeat(first - np.cumsum(touching) + touching, touching)
+    # Every run knows an earlier one of its blot, itself at first. In turn, blots that touch are joined, the later to
+    # the earlier, and every run is told the first of those it knows.
+    blot = np.arange(len(starts))
+    while True:
+        one, other = blot[above], blot[below]
+        apart = one != other
+        if not apart.any():
+            return blot
+        above, below, one, other = above[apart], below[apart], one[apart], other[apart]
+        np.minimum.at(blot, np.maximum(one, other), np.minimum(one, other))
+        while (blot != (known := blot[blot])).any():
+            blot = known
 
 
 def _paper_statistics(flat: np.ndarray) -> tuple[float, float]:
     """Return the level of the paper and its spread towards the dark, one standard deviation."""
-    from scipy import ndimage
-
     dark = flat <= otsu_threshold(flat)
     # Two pixels away from all ink, whose soft edges are no grain of the paper; unless there is no such place.
-    away = ~ndimage.binary_dilation(dark, iterations=2)
+    away = ~_grown(dark, 2)
     paper = flat[away if np.count_nonzero(away) > 0.02 * flat.size else ~dark]
     if not paper.size:
         return float(flat.flat[0]), 0.0
     # A normal distribution has its 30th percentile 0.524 σ below the median; farther out there may be faint strokes.
-    median, low = np.percentile(paper, (50, 30))
-    return float(median), float(median - low) / 0.524
+    histogram = _histogram(paper)
+    median, low = _quantile(histogram, 0.5), _quantile(histogram, 0.3)
+    return median, (median - low) / 0.524
 
 
 def _without_lines(ink: np.ndarray) -> np.ndarray:
@@ -508,8 +771,6 @@ def crop_to_ink(gray: np.ndarray) -> np.ndarray:
         NoInkError: If there is none.
     """
     ink = gray < 255
-    if not ink.any():
-        raise NoInkError('nothing is written on it')
     (top, bottom), (left, right) = _extent(ink.any(axis=1)), _extent(ink.any(axis=0))
     return gray[top:bottom, left:right]
 
@@ -558,26 +819,44 @@ def network_input(image: np.ndarray, crop: bool = True, size: int = 96) -> np.nd
         raise NoInkError('the image is empty')
     if not crop:
         return fit(_whiten_by_otsu(np.asarray(Image.fromarray(image).convert('L'))), size)
-    return fit(crop_to_ink(whiten(to_gray(_writing(image)))), size)
+    return fit(crop_to_ink(_whitened_writing(image)[0]), size)
 
 
-def _writing(image: np.ndarray) -> np.ndarray:
-    """Cut a large picture down to the region of its writing, and reduce that to what the network can use."""
-    if max(image.shape[:2]) <= _INK_SIDE:
-        return image
-    page = _reduced(image, _INK_SIDE)
-    height, width = image.shape[:2]
-    rows, columns = (_extent(whiten(to_gray(page)).min(axis=axis) < 255) for axis in (1, 0))
-    vertical, horizontal = height / page.shape[0], width / page.shape[1]
-    # The margin leaves paper to judge by, and room for soft edges that the reduced page does not show.
-    margin = 0.15 * max((rows[1] - rows[0]) * vertical, (columns[1] - columns[0]) * horizontal) + 2 * vertical
-    top, bottom = max(0, int(rows[0] * vertical - margin)), int(rows[1] * vertical + margin) + 1
-    left, right = max(0, int(columns[0] * horizontal - margin)), int(columns[1] * horizontal + margin) + 1
-    return _reduced(image[top:bottom, left:right], _INK_SIDE)
+def _whitened_writing(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Whiten a picture; of a large one the region of its writing, reduced to what the network can use.
+
+    Args:
+        image: uint8 array of shape `(height, width)` or `(height, width, 3)`.
+
+    Returns:
+        uint8 array of shape `(height, width)`, as `whiten` returns it, with sides of at most `_INK_SIDE`; and how many
+        pixels of the picture one of its pixels stands for.
+    """
+    is_cut = False
+    while True:
+        page = _reduced(image, _INK_SIDE)
+        white = whiten(to_gray(page))
+        if page is image:
+            return white, 1.0
+        vertical, horizontal = image.shape[0] / page.shape[0], image.shape[1] / page.shape[1]
+        ink = white < 255
+        (top, bottom), (left, right) = _extent(ink.any(axis=1)), _extent(ink.any(axis=0))
+        # Look closer, and again where the first look took something else for writing as well.
+        if is_cut and 2 * max(bottom - top, right - left) >= max(page.shape[:2]):
+            return white, max(vertical, horizontal)
+        # The margin leaves paper to judge by, and room for soft edges that the reduced page does not show.
+        margin = 0.15 * max((bottom - top) * vertical, (right - left) * horizontal) + 2 * vertical
+        image = image[
+            max(0, int(top * vertical - margin)) : int(bottom * vertical + margin) + 1,
+            max(0, int(left * horizontal - margin)) : int(right * horizontal + margin) + 1,
+        ]
+        is_cut = True
 
 
 def _extent(marked: np.ndarray) -> tuple[int, int]:
     places = np.flatnonzero(marked)
+    if not len(places):
+        raise NoInkError('nothing is written on it')
     return int(places[0]), int(places[-1]) + 1
 
 

@@ -760,7 +760,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='draw.py', description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--model', metavar='FILE', help='model file, .h5 or .hdf5 (default: the one that came along)')
+    parser.add_argument('--model', metavar='FILE', help='model file, .h5 or .tflite (default: the one that came along)')
     parser.add_argument(
         '--folder', metavar='FOLDER', default='drawings', help='where drawings are saved (default: drawings)'
     )

@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from data_utils import NoInkError, crop_to_ink, fit
-from gnt_reader import GntIndex, GntMember, GntReader, gnt_members, index_gnt
+from data_utils import ImageError, NoInkError, crop_to_ink, fit, network_input, open_image, printable
+from gnt_reader import GntIndex, GntMember, GntReader, gnt_members, index_gnt, is_competition_file
 
 
 class FeedError(RuntimeError):
@@ -132,6 +132,121 @@ class GntSource:
         return image, int(self._labels[position])
 
 
+@dataclass(frozen=True)
+class ImageSource:
+    """Pictures of single characters, pass after pass, each pass in a new order.
+
+    Each is prepared as a user's picture is (`data_utils.network_input`), by whoever asks for it: the files stay as they
+    are, and nothing is written.
+
+    Args:
+        files: The pictures.
+        labels: (n,) int32 class indices.
+        seed: Of the orders and of the augmentation.
+        augment: Whether to turn, slant and stretch the samples a little.
+    """
+
+    files: tuple[str, ...]
+    labels: np.ndarray
+    seed: int = 0
+    augment: bool = False
+
+    @cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getstate__(self) -> dict:
+        return {'files': self.files, 'labels': self.labels, 'seed': self.seed, 'augment': self.augment}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        images, labels = zip(*(self._sample(int(i)) for i in indices), strict=True)
+        return Batch(np.stack(images), np.array(labels, np.int32), np.ones(len(images), bool))
+
+    def _sample(self, number: int) -> tuple[np.ndarray, int]:
+        epoch, place = divmod(number, len(self.files))
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
+        position = int(self._orders[epoch][place])
+        try:
+            image = prepared_picture(self.files[position])
+        except ImageError as error:
+            raise FeedError(
+                f'{printable(self.files[position])}: {error}; it could be read when the run began, so put it back, '
+                'or start a new run without it'
+            ) from error
+        if self.augment:
+            image = augmented(image, np.random.default_rng([self.seed, number]))
+        return image, int(self.labels[position])
+
+
+# 75 MB a process. A photograph takes a hundred times as long to prepare as its sample takes to augment, so that the
+# passes after the first cost nothing while the set is small.
+@lru_cache(maxsize=8192)
+def prepared_picture(file: str) -> np.ndarray:
+    """Return what the network sees of a picture: (96, 96) uint8, ink bright on 0.
+
+    Raises:
+        ImageError: If it cannot be read, or nothing is written on it.
+    """
+    image = network_input(open_image(file))
+    image.flags.writeable = False
+    return image
+
+
+@dataclass(frozen=True)
+class PictureCheck:
+    """Says of each of some files whether it is a picture that can be learned from: the `trusted` of its batches.
+
+    Args:
+        files: The pictures. The samples past the last are left out.
+    """
+
+    files: tuple[str, ...]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        trusted = np.array([_is_readable(self.files[i]) for i in indices if i < len(self.files)], bool)
+        return Batch(np.zeros((len(trusted), 0, 0), np.uint8), np.zeros(len(trusted), np.int32), trusted)
+
+
+def _is_readable(file: str) -> bool:
+    try:
+        prepared_picture(file)
+    except ImageError:
+        return False
+    return True
+
+
+def unreadable_pictures(
+    files: Sequence[str], workers: int | None = None, progress: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """Return the pictures that cannot be learned from, each with the reason, after a look at all of them.
+
+    Args:
+        files: The pictures.
+        workers: See `Feed`.
+        progress: Called now and then with the number of files looked at.
+    """
+    if not files:
+        return {}
+    readable: list[bool] = []
+    with Feed(PictureCheck(tuple(files)), batch_size=32, workers=workers) as feed:
+        while len(readable) < len(files):
+            readable += next(feed).trusted.tolist()
+            if progress:
+                progress(len(readable))
+    reasons = {}
+    for file in (file for file, good in zip(files, readable, strict=True) if not good):
+        try:
+            prepared_picture(file)
+        except ImageError as error:
+            reasons[file] = str(error)
+    return reasons
+
+
 def augmented(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a sample turned (σ 4°), slanted (σ 0.08) and stretched (σ 6 %), and fitted into its frame again.
 
@@ -208,6 +323,39 @@ def split_by_writer(index: GntIndex, writers: int, seed: int = 0) -> tuple[GntIn
     return index.select(~validation), index.select(validation)
 
 
+def split_by_class(
+    labels: np.ndarray, share: float, seed: int = 0, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split samples whose writers are unknown, the same share of each class.
+
+    A class with at least two samples keeps at least one to learn from, and gives at least one to measure with; a class
+    with a single one learns from it.
+
+    Args:
+        labels: (n,) class indices.
+        share: Of each class, to measure with, 0..1; 0 leaves all to learn from.
+        seed: Which ones.
+        limit: Samples to learn from at most, spread over the classes. Defaults to all.
+
+    Returns:
+        (training, validation): positions in ascending order.
+    """
+    labels = np.asarray(labels)
+    if not len(labels):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind='stable')]
+    count = np.bincount(labels)
+    first = np.cumsum(count) - count
+    rank = np.empty(len(labels), np.int64)  # of each sample among those of its class
+    rank[by_class] = np.arange(len(labels)) - first[labels[by_class]]
+    held = np.clip(np.round(count * share).astype(np.int64), 1 if share else 0, None)
+    held = np.minimum(held, np.maximum(count - 1, 0))
+    turn = rank - held[labels]  # negative: to measure with
+    training = order[np.argsort(turn[order], kind='stable')][np.count_nonzero(turn < 0) :]
+    return np.sort(training[:limit]), np.flatnonzero(turn < 0)
+
+
 def refuse_competition(paths: Iterable[str | os.PathLike]) -> list[GntMember]:
     """Return the files of records at the paths, none of them of the ICDAR-2013 competition.
 
@@ -223,6 +371,21 @@ def refuse_competition(paths: Iterable[str | os.PathLike]) -> list[GntMember]:
             'published result, which must not train or choose a model; leave them out (evaluate.py measures with them)'
         )
     return members
+
+
+def refuse_competition_pictures(files: Iterable[str | os.PathLike]) -> None:
+    """Do as `refuse_competition` does, with pictures that `gnt_reader.py export` has named after their GNT file.
+
+    Raises:
+        FeedError: If one of them is of the competition.
+    """
+    competition = [file for file in files if is_competition_file(file)]
+    if competition:
+        raise FeedError(
+            f'{printable(competition[0])}: {len(competition)} picture(s) named after files of the ICDAR-2013 '
+            'competition, the test set of every published result, which must not train or choose a model; leave them '
+            'out, or rename them if they are none'
+        )
 
 
 def training_index(paths: Sequence[str | os.PathLike]) -> GntIndex:

@@ -338,7 +338,8 @@ def _file_members(path: Path, report: ErrorHandler) -> list[GntMember]:
             if file.read(4) not in (b'PK\3\4', b'PK\5\6'):
                 return [GntMember(path, '', status.st_size)]
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            # Not by `is_dir`, which some Pythons lose on an entry without a name.
+            entries = [entry for entry in archive.infolist() if not entry.filename.endswith('/')]
     except _READ_ERRORS as error:
         report(GntError(_why(error), path, next_step=_FETCH_AGAIN if isinstance(error, _ARCHIVE_ERRORS) else ''))
         return []
@@ -441,9 +442,8 @@ def _records(members: Iterable[GntMember], level1_only: bool, report: ErrorHandl
         for pixels, start, offset, tag, width, height in _walk(member, report):
             tag_code, character, is_level1 = _decode_tag(tag)
             if is_level1 or not level1_only:
-                first = start + begin
                 # A copy: the window under it is about to be filled anew.
-                image = pixels[first : first + width * height].copy().reshape(height, width)
+                image = np.ndarray((height, width), np.uint8, pixels, start + begin).copy()
                 yield GntRecord(character, tag_code, image, offset)
 
 
@@ -474,7 +474,8 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[np.ndarray,
             report(GntError(_why(error), member))
             return
         unpack = HEADER.unpack_from
-        window = np.empty(min(_WINDOW, member.size + 1), np.uint8)
+        header, member_size, largest = HEADER.size, member.size, HEADER.size + MAX_PIXELS
+        window = np.empty(min(_WINDOW, member_size + 1), np.uint8)
         start = end = offset = 0
         number = 1
         while True:
@@ -486,8 +487,9 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[np.ndarray,
                         report(_cut_short(member, number, offset, window[:end], failure))
                     return
             size, tag, width, height = unpack(window, start)
-            problem = _problem(size, width, height, member.size - offset)
-            if problem:
+            # Nearly all are sound, which this tells without a call.
+            is_sound = size == header + width * height and header < size <= member_size - offset and size <= largest
+            if not is_sound and (problem := _problem(size, width, height, member_size - offset)):
                 if number == 1:
                     _report_foreign(member, window[:end], problem, report)
                 else:

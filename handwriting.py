@@ -149,13 +149,15 @@ class DrawingOptions:
     aspect: tuple[float, float] = (-0.17, 0.17)  # mean and σ of log(width / height): hands write narrower than print
     join: float = 0.95  # probability of a join between near strokes of a cursive hand
     reach: float = 3.5  # how fast a neat hand's joins become rare with the distance
+    dot: float = 0.45  # strokes are the more like a dot the shorter they are than this
+    dots: float = 0.7  # how much nearer two dots are to each other in a hand's eyes
     drop_hook: float = 0.25  # probability that a hook is left out
     rounding: float = 5.0  # most passes of smoothing of the most cursive hand
     close_back: float = 0.35  # probability that a joined closing stroke (口's bottom) is written backwards
 
     # The pen and the scanner
     side: tuple[float, float] = (60, 112)  # long side in pixels: 300 dpi scans of handwriting have 40 to 150
-    pen: tuple[float, float] = (0.041, 0.28)  # median and σ of the log of the pen's width
+    pen: tuple[float, float] = (0.042, 0.38)  # median and σ of the log of the pen's width: from a hairline to a marker
     pen_change: float = 0.22  # σ of a stroke's pressure, and of its change along the stroke
     pressure: float = 0.95  # how much of its width and of its ink a pen without pressure loses, at most
     skip: float = 0.06  # share written with a ball pen that skips
@@ -689,9 +691,12 @@ def join_strokes(
         u = rng.random((n - 1, 4), dtype=np.float32)
         gap = lines[1:, 0] - lines[:-1, -1]
         reach = np.sqrt((gap * gap).sum(axis=1))
-        likely = (
-            options.join * min(1.0, 1.5 * cursive) * np.exp(-reach * (options.reach - (options.reach - 0.6) * cursive))
-        )
+        # the dots of 氵 and 灬 run together before long strokes do, and one dot glides into the next
+        chord = lines[:, -1] - lines[:, 0]
+        short = np.maximum(0, 1 - np.sqrt((chord * chord).sum(axis=1)) / options.dot)
+        dots = np.sqrt(short[1:] * short[:-1])
+        rarer = options.reach - (options.reach - 0.6) * cursive
+        likely = options.join * min(1.0, 1.5 * cursive) * np.exp(-reach * rarer * (1 - options.dots * dots))
         joined = u[:, 0] < likely + 0.06 * (reach < 0.06)
         back = lines[1:, -1] - lines[:-1, -1]
         closes = joined & ((back * back).sum(axis=1) < 0.4 * reach * reach) & (u[:, 1] < options.close_back * cursive)
@@ -699,7 +704,7 @@ def join_strokes(
             for i in np.flatnonzero(closes) + 1:
                 lines[i] = lines[i, ::-1].copy()
             gap = lines[1:, 0] - lines[:-1, -1]
-        merge = np.where(joined, 0.5 * u[:, 2] * cursive, 0.0).astype(np.float32)
+        merge = np.where(joined, (0.5 + 0.5 * dots) * u[:, 2] * cursive, 0.0).astype(np.float32)
         pull = (gap * merge[:, None])[:, None]
         lines[:-1] += pull * PULL
         lines[1:] -= pull * PUSH

@@ -11,19 +11,17 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
 from data_utils import ImageError, network_input, open_image
-from melnyk_net import load_model
-from model_file import DEFAULT_MODEL
-from pooling import ActivationMapper, enlarge
+from inference import BATCH_SIZES, KerasRuntime, LiteRtRuntime, Runtime, activation_maps, enlarge, usable_cores
+from model_file import ModelFileError, ModelInfo, default_model
 
-# The network is compiled once for each of these batch sizes; smaller batches are filled up with empty images.
-BATCH_SIZES = (1, 8, 64)
+# Neither Keras nor LiteRT up here: which of them is needed, and whether it is there, the model decides.
 
 # Decoding goes on this many images ahead of the network, which also bounds the memory.
 _AHEAD = 2 * BATCH_SIZES[-1]
@@ -65,15 +63,23 @@ class HCCR:
     """Offline handwritten Chinese character recogniser.
 
     Args:
-        model: A model file, or a network that is already built. Defaults to the file that the program ships.
+        model: A model file, `.h5` for Keras or `.tflite` for LiteRT; or a Keras network that is already built; or an
+            `inference.Runtime`. Defaults to the file that the program ships: `model_file.default_model`.
         labels: The characters in class order. Defaults to the model file's own.
         show_summary: Whether to print the layers of the network. Defaults to `False`.
         temperature: The logits are divided by it so that confidences come true. Defaults to the model file's own.
         crop: See `data_utils.network_input`. Defaults to `True`.
+        precision: See `inference.KerasRuntime`; a `.tflite` file has its own. Defaults to `'auto'`.
+
+    Attributes:
+        runtime: What runs the network, see `inference`.
+        model: The Keras network; None where something else runs it.
+        info: What the model file says of itself; None for a network that is not from a file.
 
     Raises:
-        FileNotFoundError, model_file.ModelFileError: If the model file is missing or not what it should be.
-        ValueError: If the labels do not fit the network.
+        FileNotFoundError, model_file.ModelFileError: If the model file is missing or not what it should be, or what
+            runs it is not installed.
+        ValueError: If the labels do not fit the network, or it does not read square gray images.
 
     Example:
 
@@ -82,29 +88,38 @@ class HCCR:
     (5, 2)
     """
 
-    def __init__(self, model=DEFAULT_MODEL, labels=None, show_summary=False, temperature=None, crop=True):
-        self.info = None
-        if not isinstance(model, keras.Model):
-            model, self.info = load_model(model)
+    def __init__(self, model=None, labels=None, show_summary=False, temperature=None, crop=True, precision='auto'):
+        self.runtime, self.model, self.info = _runtime(default_model() if model is None else model, precision)
+        height, width, channels = self.runtime.input_shape
+        if height != width or channels != 1:
+            raise ValueError(f'a recogniser reads square gray images, and this network {height}×{width}×{channels}')
+        if self.info:
             labels = self.info.labels if labels is None else labels
             temperature = self.info.temperature if temperature is None else temperature
         if labels is None:
             raise ValueError('a network that is not from a file needs its labels')
-        self.model = model
         self.labels = tuple(labels)
         self.temperature = 1.0 if temperature is None else float(temperature)
         self.crop = crop
-        if len(self.labels) != model.output_shape[-1]:
-            raise ValueError(f'{len(self.labels)} labels do not fit a network of {model.output_shape[-1]} classes')
-        self._mapper = ActivationMapper(model)
+        if len(self.labels) != self.runtime.num_classes:
+            raise ValueError(f'{len(self.labels)} labels do not fit a network of {self.runtime.num_classes} classes')
         self._characters = np.array(self.labels)
         if show_summary:
-            model.summary()
+            self.print_summary()
 
     @property
     def size(self) -> int:
         """The side of the network's input in pixels."""
-        return self.model.input_shape[1]
+        return self.runtime.input_shape[0]
+
+    def print_summary(self) -> None:
+        """Print the layers of the network; of one that LiteRT runs, what its file says of it."""
+        if self.model:
+            self.model.summary()
+            return
+        height, width, _ = self.info.input_shape
+        print(f'{self.info.architecture}: {height}×{width} pixels → {len(self.labels)} characters, run by LiteRT.')
+        print(self.info.note)
 
     def predict(self, data, num_predictions=5, verbose=0, plot_cam=False):
         """Recognise network inputs, as the original's method of this name does.
@@ -145,7 +160,7 @@ class HCCR:
 
     def warm_up(self) -> None:
         """Compile the network for single images, which the first answer would wait for otherwise."""
-        self._run(np.zeros((1, *self.model.input_shape[1:3]), np.uint8), with_maps=False)
+        self._run(np.zeros((1, *self.runtime.input_shape[:2]), np.uint8), with_maps=False)
 
     def probabilities(self, inputs) -> np.ndarray:
         """Return the probability of every class.
@@ -176,31 +191,39 @@ class HCCR:
         Yields:
             One `Reading` for each path.
         """
-        # The first answers come alone and soon, the later ones in the batches that the network is fastest with.
+        # The first answers come alone and soon, the later ones in the batches that the network is fastest with. It has
+        # a thread of its own, so that it works on the next of these while the answers to the last are written.
         sizes = iter(BATCH_SIZES)
         size = next(sizes)
-        batch = []
-        for prepared in self._prepared(paths, with_images):
-            batch.append(prepared)
-            if len(batch) == size:
-                yield from self._readings(batch, num_predictions, with_images)
+        batch: list[Reading] = []
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix='network') as network:
+            for prepared in self._prepared(paths, with_images):
+                batch.append(prepared)
+                if len(batch) < size:
+                    continue
+                waiting.append(network.submit(self._readings, batch, num_predictions, with_images))
+                if size < BATCH_SIZES[-1] or len(waiting) == 2:
+                    yield from waiting.popleft().result()
                 batch, size = [], next(sizes, size)
-        if batch:
-            yield from self._readings(batch, num_predictions, with_images)
+            while waiting:
+                yield from waiting.popleft().result()
+            if batch:
+                yield from self._readings(batch, num_predictions, with_images)
 
     def _prepared(self, paths, with_images):
         def prepare(source):
             is_open = isinstance(source, np.ndarray)
             path = Path() if is_open else Path(source)
             try:
-                picture = source if is_open else open_image(path)
+                picture = source if is_open else open_image(path, reduced=self.crop)
                 reading = Reading(path, network_input=network_input(picture, self.crop, self.size))
                 return reading._replace(image=_thumbnail(picture)) if with_images else reading
             except ImageError as error:
                 return Reading(path, error=str(error))
 
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix='decoding') as pool:
             try:
                 for path in paths:
                     waiting.append(pool.submit(prepare, path))
@@ -211,26 +234,26 @@ class HCCR:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _readings(self, batch, num_predictions, with_images):
+    def _readings(self, batch, num_predictions, with_images) -> list[Reading]:
+        """Return the readings with their candidates, and without what nobody asked for."""
         inputs = [reading.network_input for reading in batch if not reading.error]
-        if inputs:
-            probabilities, maps = self._run(np.stack(inputs), with_maps=with_images)
-            best = _best(probabilities, num_predictions)
-        row = 0
+        if not inputs:
+            return batch
+        probabilities, maps = self._run(np.stack(inputs), with_maps=with_images)
+        best = _best(probabilities, num_predictions)
+        readings, row = [], 0
         for reading in batch:
-            if reading.error:
-                yield reading
-                continue
-            candidates = (Candidate(self.labels[i], float(probabilities[row, i])) for i in best[row])
-            if with_images:
-                yield reading._replace(candidates=tuple(candidates), activation_map=maps[row])
-            else:
-                yield reading._replace(candidates=tuple(candidates), network_input=None)
-            row += 1
+            if not reading.error:
+                candidates = tuple(Candidate(self.labels[i], float(probabilities[row, i])) for i in best[row])
+                extras = {'activation_map': maps[row]} if with_images else {'network_input': None}
+                reading = reading._replace(candidates=candidates, **extras)
+                row += 1
+            readings.append(reading)
+        return readings
 
     def _checked(self, inputs) -> np.ndarray:
         inputs = np.asarray(inputs)
-        shape = (self.size, self.model.input_shape[2])
+        shape = self.runtime.input_shape[:2]
         if inputs.ndim not in (3, 4) or inputs.shape[1:3] != shape or inputs.shape[3:] not in ((), (1,)):
             expected = f'(images, {shape[0]}, {shape[1]}[, 1])'
             raise ValueError(f'network inputs have the shape {expected}, received {inputs.shape}')
@@ -243,17 +266,39 @@ class HCCR:
             [np.zeros((0, *inputs.shape[1:]), np.float32)],
         )
         for start in range(0, len(inputs), BATCH_SIZES[-1]):
-            part = inputs[start : start + BATCH_SIZES[-1]]
-            size = next(size for size in BATCH_SIZES if size >= len(part))
-            padded = np.zeros((size, *part.shape[1:], 1), np.float32)
-            padded[: len(part), ..., 0] = part
-            features, rows = self._mapper.extractor.predict_on_batch(padded)
-            rows = _tempered(np.asarray(rows)[: len(part)], self.temperature)
-            probabilities.append(rows)
+            outputs = self.runtime.run(inputs[start : start + BATCH_SIZES[-1]])
+            probabilities.append(_softmax(outputs.logits / np.float32(self.temperature)))
             if with_maps:
-                small = self._mapper.maps(features[: len(part)], rows.argmax(axis=1), relative=True)
-                maps.extend(enlarge(one, part.shape[1:])[None] for one in small)
+                best = outputs.logits.argmax(axis=1)
+                small = activation_maps(outputs.features, self._classifier, best, relative=True)
+                maps.extend(enlarge(one, inputs.shape[1:])[None] for one in small)
         return np.concatenate(probabilities), np.concatenate(maps) if with_maps else None
+
+    @cached_property
+    def _classifier(self) -> np.ndarray:
+        return self.runtime.classifier()
+
+
+def _runtime(model, precision: str):
+    """Return (runtime, Keras network or None, description or None) of what `HCCR` takes for a model."""
+    if isinstance(model, Runtime):
+        return model, None, None
+    if not isinstance(model, str | os.PathLike):
+        return KerasRuntime(model, precision), model, None
+    if Path(model).suffix == '.tflite':
+        runtime = LiteRtRuntime(model)
+        return runtime, None, runtime.info
+    network, info = _load_keras(model)
+    return KerasRuntime(network, precision), network, info
+
+
+def _load_keras(path) -> tuple[object, ModelInfo]:
+    try:
+        from melnyk_net import load_model
+    except ModuleNotFoundError as error:
+        reason = f'{error.name}, which it needs, is not installed'
+        raise ModelFileError(path, reason, 'pip install -r requirements.txt, or give a .tflite file') from error
+    return load_model(path)
 
 
 def response_line(candidate: Candidate) -> str:
@@ -269,12 +314,7 @@ def _best(probabilities: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(best, order, axis=1)
 
 
-def _tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the softmax of the logits divided by a temperature, given the softmax of the logits themselves."""
-    if temperature == 1:
-        return probabilities
-    # The logarithm gives the logits back up to a constant, which a softmax does not see.
-    logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)) / temperature
+def _softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 

@@ -9,6 +9,7 @@ python main.py scans --format csv --plot figures > answers.csv
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import shlex
@@ -33,6 +34,8 @@ DEFAULT_SOURCE = 'images'
 DEFAULT_CANDIDATES = 5
 # More windows than this at once help nobody; --plot FOLDER saves every figure.
 MAX_WINDOWS = 10
+
+NO_MATPLOTLIB = 'figures are drawn by matplotlib, which is not installed: pip install matplotlib'
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -177,8 +180,8 @@ class Writer:
     def __init__(self, format: str, with_names: bool):
         self._format, self._with_names = format, with_names
         if format != 'text':
-            # For programs: always UTF-8, whatever the terminal speaks.
-            _reconfigure(sys.stdout, encoding='utf-8')
+            # For programs: always UTF-8, whatever the terminal speaks, and the names of files.
+            _reconfigure(sys.stdout, encoding='utf-8', errors='backslashreplace')
         if format == 'csv':
             self._table = csv.writer(sys.stdout, lineterminator='\n')
             self._table.writerow(['file', 'rank', 'character', 'code_point', 'gb_code', 'probability'])
@@ -331,9 +334,9 @@ def name_failures(failures: Iterable[tuple[object, str]], total: int) -> None:
 class Loading:
     """Imports the network and loads its weights in the background."""
 
-    def __init__(self, model: str | None, crop: bool):
+    def __init__(self, model: str | None, crop: bool, precision: str = 'auto'):
         self._recogniser, self._error = None, None
-        self._arguments = {'crop': crop} | ({'model': model} if model else {})
+        self._arguments = {'model': model, 'crop': crop, 'precision': precision}
         # A daemon: whoever leaves at the first prompt does not wait for it.
         self._thread = threading.Thread(target=self._load, daemon=True)
         self._thread.start()
@@ -371,11 +374,13 @@ def dialogue(loading: Loading, plot: str | None, read: Callable[[], str] = input
     """Hold the original's dialogue and return the exit status."""
     print(BANNER)
     if plot is None:
-        plot = 'show' if has_display() else 'off'
-        if plot == 'off':
+        plot = 'show' if has_display() and can_draw() else 'off'
+        if not can_draw():
+            print(f'No figures are shown: {NO_MATPLOTLIB}.', file=sys.stderr)
+        elif plot == 'off':
             print('There is no display, so no figures are shown; --plot FOLDER saves them.', file=sys.stderr)
     if ask('Show Melnyk-Net summary? [Y/n] ', parse_yes, 'y', read):
-        loading.result().model.summary()
+        loading.result().print_summary()
     status = EXIT_OK
     while True:
         source = f'Please specify data filepath: [{DEFAULT_SOURCE}] '
@@ -402,6 +407,11 @@ def default_source() -> str:
     with contextlib.suppress(ValueError):
         folder = folder.relative_to(Path.cwd())
     return str(folder)
+
+
+def can_draw() -> bool:
+    """Whether figures can be drawn here; a light installation cannot."""
+    return importlib.util.find_spec('matplotlib') is not None
 
 
 def has_display() -> bool:
@@ -449,7 +459,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help='figures of the answers with class activation maps: in windows, none, or saved as PNG files '
         '(default: show in the dialogue where there is a display, else off)',
     )
-    parser.add_argument('--model', metavar='FILE', help='model file, .h5 or .hdf5 (default: the one that came along)')
+    parser.add_argument(
+        '--model',
+        metavar='FILE',
+        help='model file: .h5 or .hdf5, or .tflite, which needs no TensorFlow (default: melnyk_net.h5, or '
+        'melnyk_net.tflite where TensorFlow is not installed)',
+    )
+    parser.add_argument(
+        '--precision',
+        choices=('auto', 'float32', 'bfloat16'),
+        default='auto',
+        help='what .h5 networks compute in (default: auto, bfloat16 where that is faster)',
+    )
     parser.add_argument(
         '--whole-page',
         action='store_true',
@@ -513,10 +534,13 @@ def main(arguments: list[str] | None = None) -> int:
     # A terminal that cannot show a character gets its code instead of ending the program.
     _reconfigure(sys.stdout, errors='backslashreplace')
     _reconfigure(sys.stderr, errors='backslashreplace')
+    if options.plot not in (None, 'off') and not can_draw():
+        print(f'main.py: {NO_MATPLOTLIB}', file=sys.stderr)
+        return EXIT_ERROR
     if options.plot == 'show' and not has_display():
         print('main.py: there is no display to show figures on; --plot FOLDER saves them', file=sys.stderr)
         return EXIT_ERROR
-    loading = Loading(options.model, crop=not options.whole_page)
+    loading = Loading(options.model, crop=not options.whole_page, precision=options.precision)
     try:
         status = recognise(loading, options) if options.sources else dialogue(loading, options.plot)
     except EOFError:

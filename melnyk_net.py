@@ -3,9 +3,13 @@
 The architecture is the one of P. Melnyk, Z. You and K. Li, "A high-performance CNN method for offline handwritten
 Chinese character recognition and visualization", Soft Computing 24, 2020 (arXiv 1812.11489): 14 convolutions of 3×3 in
 five groups, then global weighted average pooling (`pooling`) and one dense layer.
+
+    python melnyk_net.py export melnyk_net.h5 melnyk_net.tflite --int8     for other programs, see `export`
 """
 
+import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -161,7 +165,8 @@ def save_model(model, path, labels=LABELS, temperature=1.0, note='', half=False)
     plain = _plain_network(info)
     plain.set_weights(weights)
 
-    with written_aside(path) as aside:
+    # HDF5 takes the whole process down where a disk is full; its own structures and the labels take well below 1 MB.
+    with written_aside(path, sum(weight.nbytes for weight in weights) + 2**20) as aside:
         with _quiet_absl():  # Keras advises against HDF5, which is the format that this project is about
             plain.save(aside)
         if half:
@@ -242,3 +247,34 @@ def _quiet_absl() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    import export
+
+    parser = argparse.ArgumentParser(prog='melnyk_net.py', description='What is done with a model file.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    command = commands.add_parser(
+        'export',
+        help='export the network for other programs',
+        description=export.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        export.run(options)
+    except (ValueError, OSError) as error:
+        print(f'melnyk_net.py: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,29 +1,42 @@
 """Model files: what they say of themselves, and how they are read without being trusted.
 
 A model file is HDF5 as Keras writes it, plus one attribute with the label table. Reading one never deserialises
-anything: the network is built by the program, and the file gives numbers only, after they have been checked. Nothing
-here needs Keras.
+anything: the network is built by the program, and the file gives numbers only, after they have been checked.
+
+An exported file, `.tflite` or `.onnx`, holds the network itself and the same description: in a `.tflite` as an
+associated file, which TensorFlow Lite's metadata format appends to the model as a zip archive (`unzip -p FILE
+offline_hccr.json`), in an `.onnx` as one of its metadata properties. Nothing here needs Keras.
 """
 
 import contextlib
+import importlib.util
+import io
 import json
 import math
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import h5py
 import numpy as np
 
 from data_utils import LABELS
 
-DEFAULT_MODEL = Path(__file__).with_name('melnyk_net.h5')
+if TYPE_CHECKING:  # it is not there in a light installation
+    import h5py
 
-# The attribute of our files that says what the numbers mean, as JSON.
+DEFAULT_MODEL = Path(__file__).with_name('melnyk_net.h5')
+LIGHT_MODEL = Path(__file__).with_name('melnyk_net.tflite')
+
+# The attribute, property or associated file of our files that says what the numbers mean, as JSON.
 _ATTRIBUTE = 'offline_hccr'
+_ASSOCIATED_FILE = f'{_ATTRIBUTE}.json'
 _FORMAT = 1
 _MAGIC = b'\x89HDF\r\n\x1a\n'
+_TFLITE_MAGIC = b'TFL3'  # at offset 4, as in every flatbuffer that names its schema
+# The description of 30,000 labels takes 90 KB.
+_MAX_DESCRIPTION = 2**20
 # Melnyk-Net with its optimizer's state takes 79 MB. More than this is no network of this project.
 _MAX_BYTES = 512 * 2**20
 _MAX_CLASSES = 30_000
@@ -106,9 +119,65 @@ class ModelInfo(NamedTuple):
 
 
 def describe(path, info: ModelInfo) -> None:
-    """Write the description into an HDF5 file that Keras has saved."""
-    with h5py.File(path, 'r+') as file:
-        file.attrs[_ATTRIBUTE] = info.to_json()
+    """Write the description into a file that holds the network already: HDF5, `.tflite` or `.onnx`."""
+    match Path(path).suffix:
+        case '.tflite':
+            import zipfile
+
+            with zipfile.ZipFile(path, 'a') as archive:
+                # A fixed date, so that the same network gives the same file.
+                archive.writestr(zipfile.ZipInfo(_ASSOCIATED_FILE), info.to_json())
+        case '.onnx':
+            import onnx
+
+            model = onnx.load(path)
+            onnx.helper.set_model_props(model, {_ATTRIBUTE: info.to_json()})
+            onnx.save(model, path)
+        case _:
+            import h5py
+
+            with h5py.File(path, 'r+') as file:
+                file.attrs[_ATTRIBUTE] = info.to_json()
+
+
+def default_model() -> Path:
+    """Return the shipped model file that can be run here: the one for Keras, or without its backend the light one."""
+    backend = os.environ.get('KERAS_BACKEND') or 'tensorflow'
+    return DEFAULT_MODEL if importlib.util.find_spec(backend) else LIGHT_MODEL
+
+
+def read_tflite(path) -> tuple[bytes, ModelInfo]:
+    """Read a `.tflite` file that nobody should trust.
+
+    Args:
+        path: A file that `export.py` wrote.
+
+    Returns:
+        The content of the file, whose network is not looked at, and what the file says of it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ModelFileError: If it is too large, no TensorFlow Lite model, or not described.
+    """
+    import zipfile
+
+    path = Path(path)
+    check_regular(path)
+    try:
+        content = path.read_bytes()
+    except PermissionError as error:
+        raise ModelFileError(path, 'no permission to read it') from error
+    if content[4:8] != _TFLITE_MAGIC:
+        raise ModelFileError(path, 'not a TensorFlow Lite model')
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive, archive.open(_ASSOCIATED_FILE) as file:
+            text = file.read(_MAX_DESCRIPTION + 1)
+    except Exception as error:  # zipfile and its decoders raise a dozen kinds on damaged data
+        reason = 'it does not say what its classes are' if isinstance(error, KeyError) else f'no description ({error})'
+        raise ModelFileError(path, reason, 'use a file that "melnyk_net.py export" has written') from error
+    if len(text) > _MAX_DESCRIPTION:
+        raise ModelFileError(path, 'a description that is too long')
+    return content, ModelInfo.from_json(path, text)
 
 
 def check_regular(path: Path) -> None:
@@ -141,6 +210,8 @@ def opened(path) -> Iterator['ModelFile']:
         FileNotFoundError: If there is no such file.
         ModelFileError: If a check fails, here or in the methods of the `ModelFile`.
     """
+    import h5py
+
     path = Path(path)
     check_regular(path)
     try:
@@ -164,7 +235,7 @@ class ModelFile:
         info: What it says of itself. A file without a label table is the original's, in the published class order.
     """
 
-    def __init__(self, path: Path, file: h5py.File):
+    def __init__(self, path: Path, file: 'h5py.File'):
         self._path = path
         # Keras 2 writes a weights-only file without the outer group.
         self._root = self._member(file, 'model_weights') if 'model_weights' in file else file
@@ -176,7 +247,13 @@ class ModelFile:
             raise ModelFileError(path, f'a classifier of {num_classes:,} classes')
 
         if _ATTRIBUTE in file.attrs:
-            self.info = ModelInfo.from_json(path, file.attrs[_ATTRIBUTE])
+            # An array may say the same megabyte many times over, in a small file.
+            if file.attrs.get_id(_ATTRIBUTE).shape != ():
+                raise ModelFileError(path, 'its description is damaged (an array)')
+            text = file.attrs[_ATTRIBUTE]
+            if isinstance(text, str) and len(text) > _MAX_DESCRIPTION:
+                raise ModelFileError(path, 'a description that is too long')
+            self.info = ModelInfo.from_json(path, text)
         elif num_classes == len(LABELS):
             self.info = ModelInfo((96, 96, 1), pooling, LABELS, 1.0, '')
         else:
@@ -213,11 +290,15 @@ class ModelFile:
 
     def _member(self, group, name):
         """Return a member of an HDF5 group that lies in the same file; links are how a file reads other files."""
+        import h5py
+
         if not isinstance(group, h5py.Group) or not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ModelFileError(self._path, f'{name!r} is missing, or a link')
         return group[name]
 
     def _dataset(self, layer, name):
+        import h5py
+
         group = self._member(self._member(self._root, layer), layer)
         # Keras 2 wrote TensorFlow's names, `kernel:0`.
         dataset = self._member(group, name if name in group else f'{name}:0')
@@ -225,4 +306,7 @@ class ModelFile:
             raise ModelFileError(self._path, f'{layer}/{name} is not stored in the file itself')
         if dataset.dtype.kind != 'f' or not dataset.shape:
             raise ModelFileError(self._path, f'{layer}/{name} is not an array of floating-point numbers')
+        # A chunk is unpacked whole: one that is larger than its dataset would be up to 4 GB of nothing.
+        if dataset.chunks and any(chunk > side for chunk, side in zip(dataset.chunks, dataset.shape, strict=True)):
+            raise ModelFileError(self._path, f'{layer}/{name} is stored in chunks larger than itself')
         return dataset

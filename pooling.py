@@ -1,12 +1,11 @@
-"""Global weighted average pooling, and the class activation maps that it allows.
+"""Global weighted average pooling, which ends every network of this project.
 
-Both are of P. Melnyk, Z. You and K. Li, "A high-performance CNN method for offline handwritten Chinese character
+It is of P. Melnyk, Z. You and K. Li, "A high-performance CNN method for offline handwritten Chinese character
 recognition and visualization", Soft Computing 24, 2020 (arXiv 1812.11489): one trainable weight for every position and
 channel of the last feature map, so that the network learns where on the page a feature counts.
 """
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from model_file import POOLING_NAMES
@@ -113,90 +112,28 @@ POOLINGS = {
 }
 
 
-# --- Class activation maps -------------------------------------------------------------------------------------------
-
-
-class ActivationMapper:
-    """Class activation maps of a network that ends in a global pooling and one dense layer.
-
-    The layers are found by what they are, never by name: the last one that turns maps into a vector, and the last dense
-    one. Everything between them must leave the features alone, as dropout does.
+class WeightedFeatures(layers.Layer):
+    """A global pooling taken apart: what it adds up, and the sum. Computed in float32, whatever comes in.
 
     Args:
-        model: A network of this project with its classifier.
+        pooling: A layer of one of `POOLINGS`, built; its weights of the moment become constants.
 
-    Attributes:
-        extractor: `keras.Model` from the input to `[features, probabilities]`, so that one pass gives both.
+    Input shape:
+        As the pooling's.
 
-    Raises:
-        ValueError: If the network has no such ending.
+    Output shape:
+        `(batch, height, width, channels)` and `(batch, channels)`, in either data format.
     """
 
-    def __init__(self, model: keras.Model):
-        poolings = [layer for layer in model.layers if isinstance(layer, tuple(kind for _, kind in POOLINGS.values()))]
-        dense = [layer for layer in model.layers if isinstance(layer, layers.Dense)]
-        if not poolings or not dense:
-            raise ValueError(f'no class activation map: {model.name!r} does not end in global pooling and a classifier')
-        self._pooling, self._classifier = poolings[-1], dense[-1]
-        self.extractor = keras.Model(model.inputs[0], [self._pooling.input, model.output])
+    def __init__(self, pooling, **kwargs):
+        super().__init__(dtype='float32', **kwargs)
+        self._channels_first = pooling.data_format == 'channels_first'
+        self._weight = ops.convert_to_numpy(pooling.weights[0]) if pooling.weights else None
 
-    def maps(self, features, classes, relative: bool = False) -> np.ndarray:
-        """Return the class activation maps of a batch.
-
-        `M_c[x, y] = Σ_k W[x, y, k] · f[x, y, k] · w[k, c]` with the pooling's `W` and the classifier's `w`: the part of
-        class c's score that comes from each position (B. Zhou et al., CVPR 2016).
-
-        Args:
-            features: `(batch, height, width, channels)` array, the first output of `extractor`.
-            classes: `batch` class indices.
-            relative: Whether to take off the mean of the maps of all classes. A softmax does not see what all classes
-                share, and in a map it hides what speaks for this one. Defaults to `False`, the paper's map.
-
-        Returns:
-            float32 array of shape `(batch, height, width)`, 6×6 for an image of 96×96; any sign, not scaled.
-        """
-        features = np.asarray(ops.convert_to_numpy(features), np.float32)
-        if self._pooling.data_format == 'channels_first':
-            features = features.transpose(0, 2, 3, 1)
-        if self._pooling.weights:
-            weight = ops.convert_to_numpy(self._pooling.W)
-        else:  # the mean weighs every position alike
-            weight = np.float32(1 / (features.shape[1] * features.shape[2]))
-        kernel = ops.convert_to_numpy(self._classifier.kernel)
-        if relative:
-            kernel = kernel - kernel.mean(axis=1, keepdims=True)
-        kernel = kernel[:, list(classes)]
-        return np.einsum('bxyk,kb->bxy', features * weight, kernel)
-
-
-def class_activation_map(model: keras.Model, image, class_index: int) -> np.ndarray:
-    """Return where a network sees a class in an image.
-
-    Args:
-        model: A network of this project with its classifier.
-        image: Array of shape `(height, width)`, `(height, width, 1)` or with a batch axis of 1 before; network input,
-            values 0..255, ink bright on 0.
-        class_index: Index of the class in the network's output.
-
-    Returns:
-        float32 array of shape `(height, width)`: the map, bilinearly enlarged to the image. What is high speaks for the
-        class; any sign, not scaled.
-
-    Raises:
-        ValueError: If the model does not end in global pooling and a classifier, or there is no such class.
-    """
-    mapper = ActivationMapper(model)
-    height, width, channels = model.input_shape[1:]
-    if not 0 <= class_index < model.output_shape[-1]:
-        raise ValueError(f'the network has classes 0 to {model.output_shape[-1] - 1}, received {class_index}')
-    batch = np.asarray(image, np.float32).reshape(1, height, width, channels)
-    features, _ = mapper.extractor(batch, training=False)
-    return enlarge(mapper.maps(features, [class_index])[0], (height, width))
-
-
-def enlarge(activation_map: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Enlarge a map bilinearly to `(height, width)`, float32."""
-    from PIL import Image
-
-    small = Image.fromarray(np.asarray(activation_map, np.float32))
-    return np.asarray(small.resize(shape[::-1], Image.Resampling.BILINEAR))
+    def call(self, inputs):
+        features = ops.transpose(inputs, (0, 2, 3, 1)) if self._channels_first else inputs
+        if self._weight is None:  # the mean weighs every position alike
+            weighted = features * (1 / (features.shape[1] * features.shape[2]))
+        else:
+            weighted = features * self._weight
+        return weighted, ops.sum(weighted, axis=(1, 2))

@@ -2,8 +2,9 @@
 
     config.json    options and recipe
     log.csv        one row now and then, see FIELDS
-    curves.png     loss and accuracy over the samples seen
+    curves.png     loss, accuracy and macro recall, in training and in validation, over epochs or samples seen
     samples.png    the first samples that the network saw
+    images.csv     what each picture was for, where pictures were learned from
     state.npz      weights, optimizer, averages and counters
     last.h5, best.h5    models
 
@@ -14,12 +15,13 @@ import csv
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_utils import written_aside
+from data_utils import writing, written_aside
 
 FIELDS = (
     'step',
@@ -27,13 +29,37 @@ FIELDS = (
     'epoch',
     'loss',
     'accuracy',
+    'macro_recall',
     'learning_rate',
     'val_loss',
     'val_top1',
     'val_top5',
+    'val_macro_recall',
     'images_per_second',
     'seconds',
 )
+
+
+# What curves.png shows: one panel a row, training and validation in one.
+PANELS = (
+    ('loss', ('loss', 'val_loss')),
+    ('accuracy', ('accuracy', 'val_top1', 'val_top5')),
+    ('macro recall', ('macro_recall', 'val_macro_recall')),
+)
+
+
+class Picture(NamedTuple):
+    """What a picture is for in a run: one row of images.csv."""
+
+    file: str
+    character: str
+    """What it is named by; '' where nothing."""
+    use: str
+    """`'training'`, `'validation'`, or why it was left out."""
+
+
+# Names of files may hold any bytes.
+_FILE_NAMES = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
 
 
 class RunFolderError(RuntimeError):
@@ -51,15 +77,20 @@ class RunFolder:
         self.path = Path(path)
         self.rows: list[dict] = []
 
+    def refuse_existing(self) -> None:
+        """Raise `RunFolderError` if the folder holds a run, which is not overwritten."""
+        if (self.path / 'config.json').exists():
+            raise RunFolderError(f'{self.path} holds a run; go on with --resume {self.path}, or name another --out')
+
     def start(self, config: dict) -> None:
         """Make the folder and keep the configuration.
 
         Raises:
             RunFolderError: If it holds a run, which is not overwritten.
         """
-        if (self.path / 'config.json').exists():
-            raise RunFolderError(f'{self.path} holds a run; go on with --resume {self.path}, or name another --out')
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.refuse_existing()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         with written_aside(self.path / 'config.json') as path:
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
@@ -77,7 +108,8 @@ class RunFolder:
     def log(self, row: dict) -> None:
         """Add a row to the log; what it lacks of FIELDS stays empty."""
         self.rows.append(dict.fromkeys(FIELDS, '') | {name: str(value) for name, value in row.items()})
-        with (self.path / 'log.csv').open('a', newline='', encoding='utf-8') as file:
+        log = self.path / 'log.csv'
+        with writing(log), log.open('a', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, FIELDS)
             if len(self.rows) == 1:
                 writer.writeheader()
@@ -90,12 +122,34 @@ class RunFolder:
             with log.open(newline='', encoding='utf-8') as file:
                 # A row that was cut short by the end of the run has no step, or not all of its fields.
                 whole = (row for row in csv.DictReader(file) if row['seconds'])
-                self.rows = [row for row in whole if int(row['step']) <= step]
+                # A log of an older version lacks columns, which stay empty for its rows.
+                self.rows = [
+                    {name: row.get(name) or '' for name in FIELDS} for row in whole if int(row['step']) <= step
+                ]
         with written_aside(log) as path, path.open('w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, FIELDS)
             if self.rows:
                 writer.writeheader()
             writer.writerows(self.rows)
+
+    def keep_pictures(self, pictures: Iterable[Picture]) -> None:
+        """Note what each picture is for, so that a resumed run has the same ones even if others have come."""
+        with written_aside(self.path / 'images.csv') as path, path.open('w', newline='', **_FILE_NAMES) as file:
+            writer = csv.writer(file)
+            writer.writerow(Picture._fields)
+            writer.writerows(pictures)
+
+    def pictures(self) -> list[Picture]:
+        """Return what `keep_pictures` has noted.
+
+        Raises:
+            RunFolderError: If there is nothing.
+        """
+        try:
+            with (self.path / 'images.csv').open(newline='', **_FILE_NAMES) as file:
+                return [Picture(**row) for row in csv.DictReader(file)]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise RunFolderError(f'{self.path}: no list of its pictures ({error}); start a new run') from error
 
     def save_state(self, arrays: Sequence[np.ndarray], counters: dict) -> None:
         """Save everything that the next step depends on.
@@ -126,22 +180,25 @@ class RunFolder:
             raise RunFolderError(f'{self.path}: no saved state to go on from ({error}); start a new run') from error
 
     def draw_curves(self) -> None:
-        """Draw loss and accuracy over the samples seen."""
+        """Draw loss, accuracy and macro recall, over the epochs where there are any, else over the samples seen."""
         from matplotlib.figure import Figure
 
         import figures
 
-        figure = Figure(figsize=(9, 7), layout='constrained')
-        top, bottom = figure.subplots(2, 1, sharex=True)
-        for axes, names in ((top, ('loss', 'val_loss')), (bottom, ('accuracy', 'val_top1', 'val_top5'))):
+        over = 'epoch' if self.rows and all(row['epoch'] for row in self.rows) else 'samples'
+        figure = Figure(figsize=(9, 9), layout='constrained')
+        panels = figure.subplots(len(PANELS), 1, sharex=True)
+        for axes, (title, names) in zip(panels, PANELS, strict=True):
             for name in names:
-                points = [(int(row['samples']), float(row[name])) for row in self.rows if row[name]]
+                points = [(float(row[over]), float(row[name])) for row in self.rows if row[name]]
                 if points:
+                    # Points show where it was measured: one alone has no line.
                     axes.plot(*zip(*points, strict=True), label=name, marker='.' if name.startswith('val') else '')
                     axes.legend()
+            axes.set_ylabel(title)
             axes.grid(alpha=0.3)
-        top.set_yscale('log')
-        bottom.set_xlabel('samples')
+        panels[0].set_yscale('log')
+        panels[-1].set_xlabel(over)
         figures.save(figure, self.path / 'curves.png')
 
     def draw_samples(self, images: np.ndarray, columns: int = 16) -> None:

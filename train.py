@@ -1,17 +1,25 @@
-"""Trains a network on scanned samples (GNT files), on drawn handwriting, or on both.
+"""Trains a network on scanned samples (GNT files), on drawn handwriting, on pictures of one's own, or on several.
 
     python train.py --gnt HWDB1.0/ HWDB1.1/ --out runs/paper                  the paper's recipe on CASIA-HWDB
     python train.py --gnt HWDB1.1/ --init melnyk_net.h5 --learning-rate 0.01      start from our weights
     python train.py --drawn material --teacher teacher.keras --init first.h5 --freeze 2     how our weights were made
     python train.py --drawn material --size 48 --samples 600000               from nothing: small images first …
     python train.py --drawn material --init runs/train/best.h5                … and 96 pixels to finish
+    python train.py --images mine/ --init melnyk_net.h5 --out runs/mine       on one's own handwriting, in minutes
+    python train.py --images mine/ --drawn material --init melnyk_net.h5 --samples 100000 --learning-rate 2e-4
+                                                                              … without forgetting the other characters
     python train.py --resume runs/paper                                       go on after a stop of any kind
     python train.py --gnt HWDB1.1/ --smoke                                    everything once, in seconds
 
     KERAS_BACKEND=jax python train.py … --coordinator HOST:PORT --processes 2 --process 0     several machines
 
+Pictures are named by their character: `鲍/0017.png` as `gnt_reader.py export` writes them, or `鲍_2.png`. A few
+characters give a network of exactly these, any characters; --classes all keeps the 3755. A fifth of each character's
+pictures is set aside to measure with, unless --validate gives others.
+
 A run folder holds config.json (what was asked for), log.csv and curves.png (what happened), samples.png (what the
-network saw), state.npz (everything needed to go on), last.h5 and best.h5 (models for main.py and evaluate.py).
+network saw), images.csv (what each picture was for), state.npz (everything needed to go on), last.h5 and best.h5
+(models for main.py and evaluate.py).
 
 The network sees sample number i of its source in step i ÷ batch size, whatever the number of workers, machines and
 interruptions: a run that is stopped and resumed gives the same curve.
@@ -22,8 +30,10 @@ import contextlib
 import functools
 import math
 import os
+import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,30 +43,34 @@ import keras
 import numpy as np
 from keras import ops
 
-from data_utils import LABELS
+from data_utils import LABEL_INDEX, LABELS, find_images, printable
 from feed import (
     Batch,
     DrawnSource,
     Feed,
     FeedError,
     GntSource,
+    ImageSource,
     MixedSource,
     Source,
     refuse_competition,
+    refuse_competition_pictures,
+    split_by_class,
     split_by_writer,
     training_index,
+    unreadable_pictures,
 )
 from handwriting import MaterialError
 from melnyk_net import ARCHITECTURES, load_model, save_model
 from pooling import POOLINGS
-from run_folder import RunFolder, RunFolderError
+from run_folder import Picture, RunFolder, RunFolderError
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters of a run; a field of the same name on the command line changes one of them."""
 
-    # How long. Epochs count passes over scanned samples; samples count drawn ones, which never end.
+    # How long. Epochs count passes over scans or pictures; samples count drawn ones, which never end.
     batch_size: int
     epochs: int = 0
     samples: int = 0
@@ -64,6 +78,7 @@ class Recipe:
     # The optimizer
     optimizer: str = 'adamw'
     learning_rate: float = 1e-3
+    schedule: str = 'cosine'  # of the learning rate, see `cosine`; or the paper's, see `plateau`
     warmup: int = 0  # steps from 0 to the learning rate
     weight_decay: float = 0.0  # of kernels only, decoupled; the paper has L2 in the loss instead
 
@@ -87,6 +102,7 @@ PAPER = Recipe(
     epochs=41,
     optimizer='sgd',  # momentum 0.9
     learning_rate=0.1,
+    schedule='plateau',
     l2=1e-3,
     dropout=0.5,
 )
@@ -103,6 +119,27 @@ DRAWN = Recipe(
     bn_momentum=0.97,  # statistics follow the weights within some ten thousand samples
     average=0.99,
 )
+
+# For pictures of one's own, some hundreds perhaps, from weights that read handwriting already: a few hundred small
+# steps that end before the pictures are known by heart.
+OWN = Recipe(
+    batch_size=32,  # a pass over a small set has more than a step or two then
+    epochs=20,
+    optimizer='adamw',
+    learning_rate=2e-4,  # a fifth of DRAWN's: strokes are known, and only a hand and perhaps some characters are new
+    warmup=20,  # the first steps know nothing of the size of the gradients, and could undo what was learned
+    weight_decay=0.03,
+    dropout=0.2,  # each picture comes twenty times, with augmentation in another form each time
+    bn_momentum=0.97,  # statistics of a thousand samples: they follow the new hand within the run
+    average=0.95,  # of the last passes
+)
+
+# The same from nothing: everything has to be learned from these pictures alone.
+OWN_FROM_NOTHING = replace(OWN, epochs=100, learning_rate=1e-3, warmup=50, average=0.98)
+
+# Of the pictures of a character, to measure with: writers are unknown, so that this measures known hands.
+VALIDATION_SHARE = 0.2
+MOST_VALIDATIONS = 20  # of a run on pictures: a pass may be a few steps, and a model takes a second to save
 
 # What a network is computed in, unless --precision says otherwise.
 PRECISIONS = {
@@ -171,6 +208,36 @@ class TrainingModel(keras.Model):
         divergence = ops.mean(ops.sum(ops.exp(target) * (target - answer), axis=-1))
         # The gradient of a softened softmax is smaller by the temperature squared.
         return loss + self.temperature**2 * divergence + self.label_weight * labelled
+
+
+class ClassCounts(keras.metrics.Metric):
+    """Counts for each class the samples that are right, and all of them; what macro recall is made of.
+
+    Result shape:
+        `(2, num_classes)` float32: right, all; samples of no weight are not counted.
+    """
+
+    def __init__(self, num_classes: int, name: str = 'classes'):
+        super().__init__(name=name)
+        self.num_classes = num_classes
+        self.counts = self.add_variable((2, num_classes), initializer='zeros', name='counts')
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        y_true = ops.reshape(ops.cast(y_true, 'int32'), (-1,))
+        weight = ops.ones_like(y_true, 'float32') if sample_weight is None else ops.cast(sample_weight, 'float32')
+        weight = ops.reshape(weight, (-1,))
+        right = weight * ops.cast(ops.cast(ops.argmax(y_pred, axis=-1), 'int32') == y_true, 'float32')
+        # A product of matrices, which every backend shares among devices.
+        self.counts.assign_add(ops.matmul(ops.stack([right, weight]), ops.one_hot(y_true, self.num_classes)))
+
+    def result(self):
+        return ops.convert_to_tensor(self.counts)
+
+
+def macro_recall(counts: np.ndarray) -> float:
+    """Return the mean recall of the classes that have samples, given (2, classes) counts of right and all; 0..1."""
+    right, samples = counts[:, counts[1] > 0]
+    return float(np.mean(right / samples)) if samples.size else 0.0
 
 
 def resized(images, size: int):
@@ -244,19 +311,27 @@ def as_logits(model: keras.Model) -> keras.Model:
     return model
 
 
-def load_teacher(path: str | os.PathLike, num_classes: int, precision: str) -> keras.Model:
+def load_teacher(path: str | os.PathLike, labels: Sequence[str], precision: str) -> keras.Model:
     """Load a teacher: any Keras model with our input and class order, or a model file of this project.
 
     Args:
         path: `.keras` or `.h5`.
-        num_classes: How many logits it has to give.
+        labels: The classes whose logits it has to give, in order.
         precision: `'bfloat16'` or `'float32'`.
 
     Raises:
         TrainingError: If it cannot be loaded or does not fit.
     """
+    num_classes = len(labels)
     try:
-        teacher = load_model(path)[0] if Path(path).suffix == '.h5' else keras.models.load_model(path, compile=False)
+        if Path(path).suffix in ('.h5', '.hdf5'):
+            teacher, info = load_model(path)
+            if info.labels != tuple(labels):
+                raise TrainingError(
+                    f'{path}: a teacher knows the same characters; this one knows {name_of(info.labels)}'
+                )
+        else:
+            teacher = keras.models.load_model(path, compile=False)
     except (ValueError, OSError, TypeError) as error:
         raise TrainingError(f'{path}: not a teacher that Keras can load ({error})') from error
     if len(teacher.input_shape) != 4 or teacher.input_shape[-1] != 1 or teacher.output_shape[-1] != num_classes:
@@ -277,17 +352,32 @@ def load_teacher(path: str | os.PathLike, num_classes: int, precision: str) -> k
     return as_logits(copy)
 
 
+def name_of(labels: Sequence[str]) -> str:
+    """Return in a few words which characters these are."""
+    if tuple(labels) == LABELS:
+        return 'the 3755 of GB2312 level 1'
+    return f'{len(labels)}: {"".join(labels[:20])}{"…" if len(labels) > 20 else ""}'
+
+
 def ask(teacher: keras.Model, images: np.ndarray) -> np.ndarray:
     """Return a teacher's logits of network inputs: `(n, 96, 96)` uint8 → `(n, classes)` float32."""
     images = ops.convert_to_numpy(resized(ops.convert_to_tensor(images), teacher.input_shape[1]))
     return np.asarray(teacher.predict_on_batch(images), np.float32)
 
 
-def carry_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copy the weights of one network into another of a different input size or pooling.
+def carry_weights(
+    source: keras.Model, target: keras.Model, shared: tuple[Sequence[int], Sequence[int]] | None = None
+) -> None:
+    """Copy the weights of one network into another of a different input size, pooling or classes.
 
     The pooling weights of GWAP belong to places; at another size they are resampled so that their sum stays. Where the
     pooling is of another kind, the target's begins as the source's mean over the places, or stays as it is.
+
+    Args:
+        source: A network of this project.
+        target: One of the same architecture; its weights are changed.
+        shared: (class indices in the source, those in the target) of the characters that both know. The target's other
+            classes stay as they are. Defaults to all, in the same order.
 
     Raises:
         TrainingError: If the networks differ in more than that.
@@ -298,6 +388,13 @@ def carry_weights(source: keras.Model, target: keras.Model) -> None:
     poolings = {name for name, _ in POOLINGS.values()}
     for layer in target.layers:
         if not layer.weights or layer.name in poolings:
+            continue
+        if shared and layer.name == 'dense_1':
+            theirs, ours = (np.asarray(indices, np.int64) for indices in shared)
+            for old_values, variable in zip(given['dense_1'].get_weights(), layer.weights, strict=True):
+                values = np.array(to_numpy(variable))
+                values[..., ours] = old_values[..., theirs]
+                variable.assign(values)
             continue
         if [w.shape for w in given[layer.name].weights] != [w.shape for w in layer.weights]:
             raise TrainingError(f'the weights to start from do not fit in {layer.name}; use a model of as many classes')
@@ -318,6 +415,15 @@ def carry_weights(source: keras.Model, target: keras.Model) -> None:
     elif old.weights:
         weight = weight * math.prod(old.input.shape[1:3]) / places
     new.set_weights([np.broadcast_to(weight, shape)])
+
+
+def shared_classes(source: Sequence[str], target: Sequence[str]) -> tuple[list[int], list[int]] | None:
+    """Return where two label tables have the characters that both have; None where the tables are the same."""
+    if tuple(source) == tuple(target):
+        return None
+    places = {character: i for i, character in enumerate(source)}
+    pairs = [(places[character], i) for i, character in enumerate(target) if character in places]
+    return [theirs for theirs, _ in pairs], [ours for _, ours in pairs]
 
 
 # --- The learning rate -----------------------------------------------------------------------------------------------
@@ -362,42 +468,157 @@ class Data(NamedTuple):
     source: Source
     validation: Batch
     epoch_samples: int
-    """Samples in a pass over the scanned ones; 0 where there is no such pass."""
+    """Samples in a pass over the scans or pictures; 0 where there is no such pass."""
+    labels: tuple[str, ...] = LABELS
+    """The characters of the classes."""
+    pictures: tuple[Picture, ...] = ()
+    """What each picture is for, where pictures are learned from."""
 
 
 def prepare_data(options: argparse.Namespace) -> Data:
     """Open the sources that were asked for, and set validation samples aside that the network never learns from."""
-    sources, validation, epoch_samples = [], None, 0
+    sources, held_out, labels, pictures = [], [], LABELS, []
+    passes = 0.0  # samples of the run in a pass over the scans, or over the pictures where there are none
     if options.gnt:
         index = training_index(options.gnt)
         writers = len({member.writer for member in index.members})
         # One writer in fifty: 15 of the 756 of HWDB1.0 and 1.1, enough for ± 0.1 %.
         aside = options.val_writers or max(1, round(writers / 50))
-        index, held_out = split_by_writer(index, aside, options.seed)
+        index, others = split_by_writer(index, aside, options.seed)
         if options.limit:
             index = index.select(np.random.default_rng(options.seed).permutation(len(index))[: options.limit])
-        epoch_samples = len(index)
-        sources.append(GntSource(index, options.seed, options.augment))
-        chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.val_samples]
-        validation = GntSource(held_out.select(np.sort(chosen))).batch(range(len(chosen)))
+        sources.append(GntSource(index, options.seed, bool(options.augment)))
+        passes = len(index)
+        if not options.validate:
+            chosen = np.random.default_rng(options.seed).permutation(len(others))[: options.val_samples]
+            held_out.append(GntSource(others.select(np.sort(chosen))).batch(range(len(chosen))))
     if options.drawn:
         # Without a teacher, only samples that their label describes.
         drawn = DrawnSource(Path(options.drawn), options.seed, not options.teacher, options.strokes)
-        sources.append(drawn)
-    if validation is None and not options.validate:
-        # Another seed is another endless set.
-        held_out = replace(drawn, seed=options.seed + 1_000_003, trusted_only=True)
-        validation = held_out.batch(range(min(options.val_samples, len(LABELS))))
+        sources = [MixedSource(*sources, drawn, share=options.gnt_share)] if sources else [drawn]
+        passes /= options.gnt_share
+    if options.images:
+        pictures = RunFolder(options.resume).pictures() if options.resume else choose_pictures(options)
+        labels = LABELS if knows_all(options) else labels_of(pictures)
+        own = picture_source(pictures, 'training', labels, options.seed, options.augment is not False)
+        passes = passes / (1 - options.images_share) if sources else len(own)
+        sources = [MixedSource(own, *sources, share=options.images_share)] if sources else [own]
+        measured = picture_source(pictures, 'validation', labels)
+        if len(measured):
+            held_out.append(measured.batch(range(len(measured))))
     if options.validate:
-        from evaluate import read_samples
+        from evaluate import holds_gnt, read_samples
 
-        refuse_competition(path for path in options.validate if Path(path).suffix.lower() != '.npz')
-        samples = read_samples(options.validate)
-        validation = Batch(samples.images, samples.labels, np.ones(len(samples.labels), bool))
-    if len(sources) == 1:
-        return Data(sources[0], validation, epoch_samples)
-    mixed = MixedSource(*sources, share=options.gnt_share)
-    return Data(mixed, validation, round(epoch_samples / options.gnt_share))
+        paths = [Path(path).expanduser() for path in options.validate]
+        refuse_competition(path for path in paths if holds_gnt(path))
+        refuse_competition_pictures(
+            find_images(path for path in paths if path.suffix != '.npz' and not holds_gnt(path))
+        )
+        samples = read_samples(paths, labels=labels)
+        held_out = [Batch(samples.images, samples.labels, np.ones(len(samples.labels), bool))]
+    if not held_out and options.drawn:
+        # Another seed is another endless set.
+        unseen = replace(drawn, seed=options.seed + 1_000_003, trusted_only=True)
+        held_out = [unseen.batch(range(min(options.val_samples, len(LABELS))))]
+    if not held_out:
+        raise TrainingError('no character has two pictures, one to learn from and one to measure with; add --validate')
+    validation = Batch(*(np.concatenate(column) for column in zip(*held_out, strict=True)))
+    return Data(
+        sources[0], validation, round(passes) if options.gnt or not options.drawn else 0, labels, tuple(pictures)
+    )
+
+
+def knows_all(options: argparse.Namespace) -> bool:
+    """Whether a network is to know the 3755 characters, whatever the pictures show."""
+    return bool(options.classes == 'all' or options.gnt or options.drawn or not options.images)
+
+
+def choose_pictures(options: argparse.Namespace) -> list[Picture]:
+    """Look at the pictures that were asked for, and say of each what it is for.
+
+    Raises:
+        TrainingError: If they are too few.
+        FeedError: If one is of the ICDAR-2013 competition.
+        FileNotFoundError: If a path does not exist.
+    """
+    from evaluate import labelled_pictures
+
+    found = labelled_pictures(options.images)
+    refuse_competition_pictures(file for file, _ in found)
+    uses: dict[str, str] = {}
+    characters = {str(file): character or '' for file, character in found}
+    for file, character in characters.items():
+        if not character:
+            uses[file] = 'neither its folder nor its name is a character'
+        elif knows_all(options) and character not in LABEL_INDEX:
+            uses[file] = 'not one of the 3755 characters'
+    named = [file for file in characters if file not in uses]
+    uses |= unreadable_pictures(named, options.workers, looking_at(len(named)))
+    good = [file for file in named if file not in uses]
+    labels = sorted({characters[file] for file in good})
+    if not good or (len(labels) < 2 and not knows_all(options)):
+        raise TrainingError(
+            f'{", ".join(map(str, options.images))}: {len(good)} picture(s) of {len(labels)} character(s) among '
+            f'{len(found)} found, and two characters are the fewest to tell apart; name folders or files after their '
+            'character (GNT files are for --gnt)'
+        )
+    index = {character: i for i, character in enumerate(labels)}
+    share = 0.0 if options.validate else min(VALIDATION_SHARE, options.val_samples / len(good))
+    classes = np.array([index[characters[file]] for file in good])
+    training, validation = split_by_class(classes, share, options.seed, options.limit)
+    for positions, use in ((training, 'training'), (validation, 'validation')):
+        uses |= {good[position]: use for position in positions}
+    pictures = [Picture(file, character, uses.get(file, PAST_LIMIT)) for file, character in characters.items()]
+    report_pictures(pictures)
+    if not options.init:
+        print('from nothing; --init melnyk_net.h5 would start with what it knows of handwriting', file=sys.stderr)
+    return pictures
+
+
+def looking_at(total: int) -> Callable[[int], None]:
+    """Return what shows how many of the pictures have been looked at: on a terminal only."""
+
+    def show(count: int) -> None:
+        if sys.stderr.isatty():
+            end = '\n' if count >= total else ''
+            print(f'\rlooking at the pictures: {count:,} of {total:,}', end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def report_pictures(pictures: Sequence[Picture], most: int = 20) -> None:
+    """Say on stderr what pictures are for, and name those that were left out."""
+    count = Counter(picture.use for picture in pictures)
+    used = count['training'] + count['validation']
+    print(
+        f'{used:,} pictures of {name_of(labels_of(pictures))}; {count["training"]:,} to learn from, '
+        f'{count["validation"]:,} to measure with',
+        file=sys.stderr,
+    )
+    left_out = [picture for picture in pictures if picture.use not in ('training', 'validation', PAST_LIMIT)]
+    for picture in left_out[:most]:
+        print(f'left out: {printable(picture.file)}: {printable(picture.use)}', file=sys.stderr)
+    if len(left_out) > most:
+        print(f'left out: {len(left_out) - most:,} more; images.csv in the run folder names them all', file=sys.stderr)
+
+
+PAST_LIMIT = 'past the --limit'  # the use of a picture that has none
+
+
+def labels_of(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """Return the characters that pictures are used for: in the published order, then others by their code point."""
+    used = {picture.character for picture in pictures if picture.use in ('training', 'validation')}
+    return LABELS if used == set(LABELS) else tuple(sorted(used, key=lambda c: (LABEL_INDEX.get(c, len(LABELS)), c)))
+
+
+def picture_source(
+    pictures: Sequence[Picture], use: str, labels: Sequence[str], seed: int = 0, augment: bool = False
+) -> ImageSource:
+    """Return the source of the pictures that are for one use."""
+    index = {character: i for i, character in enumerate(labels)}
+    chosen = [picture for picture in pictures if picture.use == use]
+    classes = np.array([index[picture.character] for picture in chosen], np.int32)
+    return ImageSource(tuple(picture.file for picture in chosen), classes, seed, augment)
 
 
 class KeptSamples:
@@ -408,34 +629,52 @@ class KeptSamples:
 
     Args:
         folder: Where the files are, or will be.
-        count: How many samples; a multiple of the batch size.
+        count: How many samples at most; whole batches of them are kept.
         batch_size: Samples a step.
         num_classes: Logits of a sample.
         seed: Of the orders.
         exists: Whether the files have to be there, since the run goes on.
 
     Raises:
-        TrainingError: If they are not.
+        TrainingError: If they are not, or if there is no room for them.
     """
 
     def __init__(self, folder: Path, count: int, batch_size: int, num_classes: int, seed: int, exists: bool):
         self.steps, self.batch_size, self.seed = count // batch_size, batch_size, seed
-        shapes = {
-            'images': ((96, 96), 'u1'),
-            'labels': ((), 'i4'),
-            'trusted': ((), '?'),
-            'logits': ((num_classes,), 'f2'),
+        if not self.steps:
+            raise TrainingError(f'--keep {count} is less than a batch of {batch_size}; keep more')
+        rows = self.steps * batch_size
+        columns = {
+            'images': ((rows, 96, 96), np.dtype('u1')),
+            'labels': ((rows,), np.dtype('i4')),
+            'trusted': ((rows,), np.dtype('?')),
+            'logits': ((rows, num_classes), np.dtype('f2')),
         }
-        paths = {name: folder / f'kept_{name}.npy' for name in shapes}
+        if not exists:
+            # Files of holes: a disk that fills up later would end the process without a word.
+            needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in columns.values())
+            free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+            if needed > free:
+                raise TrainingError(
+                    f'{folder}: --keep {count} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free; keep fewer'
+                )
         try:
-            self.arrays = {
-                name: np.lib.format.open_memmap(paths[name], 'r+' if exists else 'w+', dtype, (count, *shape))
-                for name, (shape, dtype) in shapes.items()
-            }
-        except (FileNotFoundError, ValueError) as error:
+            self.arrays = {}
+            for name, (shape, dtype) in columns.items():
+                path = folder / f'kept_{name}.npy'
+                if exists:
+                    there = np.load(
+                        path, mmap_mode='r'
+                    )  # opened to write, a file that was cut short would be filled up
+                    if (there.shape, there.dtype) != (shape, dtype):
+                        raise ValueError(f'{path.name} is of another run')
+                mode = 'r+' if exists else 'w+'
+                self.arrays[name] = np.lib.format.open_memmap(path, mode, dtype, shape)
+        except (FileNotFoundError, ValueError, EOFError) as error:
             raise TrainingError(
                 f'{folder}: the samples that the run kept are gone ({error}); start a new run'
             ) from error
+        self._order: tuple[int, np.ndarray] = 0, np.zeros(0, np.int64)  # the last pass that was asked for
 
     def write(self, step: int, batch: Batch, logits: np.ndarray) -> None:
         """Keep a batch of the first pass."""
@@ -448,8 +687,10 @@ class KeptSamples:
     def read(self, step: int) -> tuple[Batch, np.ndarray]:
         """Return the batch of a step of a later pass, and the teacher's answers."""
         number, place = divmod(step, self.steps)
-        order = np.random.default_rng([self.seed, number]).permutation(self.steps * self.batch_size)
-        rows = np.sort(order[place * self.batch_size : (place + 1) * self.batch_size])
+        if self._order[0] != number:
+            rng = np.random.default_rng([self.seed, number])
+            self._order = number, rng.permutation(self.steps * self.batch_size)
+        rows = np.sort(self._order[1][place * self.batch_size : (place + 1) * self.batch_size])
         *columns, logits = (array[rows] for array in self.arrays.values())
         return Batch(*columns), logits
 
@@ -493,6 +734,7 @@ class Counters:
     rate_best: float = 0.0  # the best training accuracy of an epoch that it has seen
     epoch_accuracy: float = 0.0  # sum over the steps of this epoch
     best: float = -1.0  # the best top-1 so far
+    best_loss: float = math.inf  # and the loss at that, which decides between equals
     seconds: float = 0.0  # of the run, over all its parts
 
 
@@ -531,12 +773,24 @@ class WeightAverage:
             self.model.set_weights(weights)
 
 
-def build(options: argparse.Namespace, recipe: Recipe) -> tuple[TrainingModel, keras.Model | None]:
+def build(
+    options: argparse.Namespace, recipe: Recipe, labels: Sequence[str] = LABELS
+) -> tuple[TrainingModel, keras.Model | None]:
     """Build student and teacher, with the weights to start from and the optimizer.
+
+    Args:
+        options: See `parser`.
+        recipe: The hyper-parameters.
+        labels: The characters of the classes. Defaults to the 3755.
 
     Returns:
         The model to train, and the teacher, which is a part of it unless its answers are kept.
+
+    Raises:
+        TrainingError: If the weights to start from, or the teacher, do not fit.
     """
+    if options.freeze and options.architecture != 'melnyk_net':
+        raise TrainingError(f'--freeze counts the convolutions of melnyk_net, received {options.architecture}')
     keras.utils.set_random_seed(options.seed)
     precision = options.precision or PRECISIONS[options.architecture]
     keras.config.set_dtype_policy('mixed_bfloat16' if precision == 'bfloat16' else 'float32')
@@ -544,20 +798,20 @@ def build(options: argparse.Namespace, recipe: Recipe) -> tuple[TrainingModel, k
         input_shape=(options.size, options.size, 1),
         reg=recipe.l2,
         global_average_type=options.pooling,
+        num_classes=len(labels),
         dropout=recipe.dropout,
         normalization=batch_normalization(recipe.bn_momentum),
     )
-    if options.init:
-        carry_weights(load_model(options.init)[0], student)
-    if options.freeze and options.architecture != 'melnyk_net':
-        raise TrainingError(f'--freeze counts the convolutions of melnyk_net, received {options.architecture}')
+    if options.init and not options.resume:  # a run that goes on has weights of its own
+        source, info = load_model(options.init)
+        carry_weights(source, student, shared_classes(info.labels, labels))
     # The first two do a third of a step's work at 96 pixels, and edges of strokes are the same in every run.
     for number in range(1, options.freeze + 1):
         for kind in ('conv2d', 'batch_normalization'):
             student.get_layer(f'{kind}_{number}').trainable = False
     teacher = None
     if options.teacher:
-        teacher = load_teacher(options.teacher, student.output_shape[-1], options.precision or 'bfloat16')
+        teacher = load_teacher(options.teacher, labels, options.precision or 'bfloat16')
     model = TrainingModel(
         as_logits(student), None if options.keep else teacher, recipe.label_weight, recipe.temperature
     )
@@ -571,7 +825,8 @@ def build(options: argparse.Namespace, recipe: Recipe) -> tuple[TrainingModel, k
         optimizer,
         weighted_metrics=[
             keras.metrics.SparseCategoricalAccuracy(name='top1'),
-            keras.metrics.SparseTopKCategoricalAccuracy(5, name='top5'),
+            keras.metrics.SparseTopKCategoricalAccuracy(min(5, len(labels)), name='top5'),
+            ClassCounts(len(labels)),
         ],
     )
     model.build((None, 96, 96))
@@ -589,8 +844,9 @@ def validate(model: TrainingModel, samples: Batch, batch_size: int, rows: tuple[
         rows: (first, last + 1) of the rows of each batch that this machine measures.
 
     Returns:
-        `val_loss`, `val_top1` and `val_top5`, the accuracies 0..1.
+        `val_loss`, `val_top1`, `val_top5` and `val_macro_recall`, all but the loss 0..1.
     """
+    counts = np.zeros((2, model.student.output_shape[-1]))
     sums = dict.fromkeys(('loss', 'top1', 'top5'), 0.0)
     total = len(samples.labels)
     mine = np.arange(*rows)
@@ -605,7 +861,8 @@ def validate(model: TrainingModel, samples: Batch, batch_size: int, rows: tuple[
         sums['loss'] += float(measured['loss']) * batch_size
         for name in ('top1', 'top5'):
             sums[name] += float(measured[name]) * count
-    return {f'val_{name}': value / total for name, value in sums.items()}
+        counts += measured['classes']
+    return {f'val_{name}': value / total for name, value in sums.items()} | {'val_macro_recall': macro_recall(counts)}
 
 
 def train(options: argparse.Namespace, recipe: Recipe) -> Path:
@@ -628,22 +885,29 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
     share = recipe.batch_size // processes
     rows = (process * share, (process + 1) * share)
 
+    folder = RunFolder(options.resume or options.out)
+    if not options.resume:
+        folder.refuse_existing()  # at once, and not after the data were read
+
     # How long, and how often to look up.
     data = prepare_data(options)
-    epoch = data.epoch_samples // recipe.batch_size  # steps a pass; 0 where there is none
-    if data.epoch_samples and not epoch:
-        raise TrainingError(f'{data.epoch_samples} samples are no batch of {recipe.batch_size}; lower --batch-size')
+    # Steps a pass; 0 where there is none. A set that is smaller than a batch comes more than once in it.
+    epoch = max(1, round(data.epoch_samples / recipe.batch_size)) if data.epoch_samples else 0
     by_epochs = bool(epoch and recipe.epochs)
-    steps = epoch * recipe.epochs if by_epochs else max(1, recipe.samples // recipe.batch_size)
-    validate_every = epoch if by_epochs else max(1, options.validate_every // recipe.batch_size)
+    by_plateau = by_epochs and recipe.schedule == 'plateau'
+    if by_epochs:
+        steps = epoch * recipe.epochs
+        validate_every = epoch if by_plateau else epoch * math.ceil(recipe.epochs / MOST_VALIDATIONS)
+    else:
+        steps = max(1, recipe.samples // recipe.batch_size)
+        validate_every = max(1, options.validate_every // recipe.batch_size)
 
     # The model, new or as it was left.
-    model, teacher = build(options, recipe)
+    model, teacher = build(options, recipe, data.labels)
     student = model.student
     average = WeightAverage(student, recipe.average)
     variables = [*student.variables, *model.optimizer.variables]
     counters = Counters(rate=recipe.learning_rate)
-    folder = RunFolder(options.resume or options.out)
     if options.resume:
         arrays, saved = folder.load_state()
         if len(arrays) != len(variables) + len(average.values):
@@ -653,6 +917,15 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
         average.values = arrays[len(variables) :]
         counters = Counters(**saved)
 
+    kept = None
+    if options.keep:
+        if processes > 1:
+            raise TrainingError('--keep is for one machine; leave --coordinator out')
+        exists = bool(options.resume)
+        if not exists:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        kept = KeptSamples(folder.path, options.keep, recipe.batch_size, len(data.labels), options.seed, exists)
+
     # Only the first of several processes writes.
     writes = process == 0
     if writes and options.resume:
@@ -660,16 +933,14 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
     elif writes:
         config = {'options': vars(options), 'recipe': asdict(recipe), 'backend': keras.backend.backend()}
         folder.start(config | {'command': ['train.py', *sys.argv[1:]], 'keras': keras.__version__})
+        if data.pictures:
+            folder.keep_pictures(data.pictures)
 
     progress = Progress(steps)
     window: list[tuple[float, float]] = []  # (loss, accuracy) of each step since the last row of the log
+    seen = np.zeros((2, len(data.labels)))  # and of each class, the samples that were right, and all
     seconds_before, begin = counters.seconds, time.monotonic()
     window_begin = last_saved = begin
-    kept = None
-    if options.keep:
-        count = options.keep // recipe.batch_size * recipe.batch_size
-        classes = student.output_shape[-1]
-        kept = KeptSamples(folder.path, count, recipe.batch_size, classes, options.seed, bool(options.resume))
     lessons = batches(data.source, recipe.batch_size, counters.step, options.workers, rows, teacher, kept)
     with contextlib.closing(lessons):
         while counters.step < steps:
@@ -677,7 +948,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
             batch, logits = next(lessons)
             if writes and counters.step == 0:
                 folder.draw_samples(batch.images)
-            model.optimizer.learning_rate = counters.rate if by_epochs else cosine(recipe, counters.step, steps)
+            model.optimizer.learning_rate = counters.rate if by_plateau else cosine(recipe, counters.step, steps)
             trusted = batch.trusted.astype(np.float32)
             inputs = batch.images if logits is None else (batch.images, logits)
             result = model.train_on_batch(inputs, batch.labels, trusted, return_dict=True)
@@ -691,6 +962,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
             average.update(counters.step)
             counters.epoch_accuracy += accuracy
             window.append((loss, accuracy))
+            seen += result['classes']
 
             # Where it stands.
             now = time.monotonic()
@@ -711,13 +983,14 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
                 'epoch': f'{counters.step / epoch:.3f}' if epoch else '',
                 'loss': f'{mean_loss:.6f}',
                 'accuracy': f'{mean_accuracy:.6f}',
+                'macro_recall': f'{macro_recall(seen):.6f}',
                 'learning_rate': f'{float(model.optimizer.learning_rate):.3e}',
                 'images_per_second': f'{speed:.1f}',
                 'seconds': f'{counters.seconds:.0f}',
             }
 
             # How good it is.
-            if by_epochs and counters.step % epoch == 0:
+            if by_plateau and counters.step % epoch == 0:
                 state = Plateau(counters.rate, counters.rate_best)
                 state = plateau(state, counters.step // epoch, counters.epoch_accuracy / epoch)
                 counters.rate, counters.rate_best, counters.epoch_accuracy = state.rate, state.best, 0.0
@@ -727,13 +1000,16 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
                     row |= {name: f'{value:.6f}' for name, value in measured.items()}
                     if not math.isfinite(measured['val_loss']):
                         raise TrainingError(f'the validation loss is {measured["val_loss"]}; lower --learning-rate')
+                    figure = measured['val_top1'], -measured['val_loss']
+                    is_best = figure > (counters.best, -counters.best_loss)
                     if writes:
-                        names = ['last.h5', 'best.h5'] if measured['val_top1'] > counters.best else ['last.h5']
+                        names = ['last.h5', 'best.h5'] if is_best else ['last.h5']
                         note = f'{counters.step * recipe.batch_size:,} samples: {describe(options)}'
                         with on_this_machine():
                             for name in names:
-                                save_model(student, folder.path / name, note=note)
-                counters.best = max(counters.best, measured['val_top1'])
+                                save_model(student, folder.path / name, data.labels, note=note)
+                if is_best:
+                    counters.best, counters.best_loss = measured['val_top1'], measured['val_loss']
 
             # What is needed to go on.
             if writes:
@@ -745,6 +1021,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
                     folder.save_state([*arrays, *average.values], asdict(counters))
                     last_saved = time.monotonic()
             window, window_begin = [], time.monotonic()
+            seen[:] = 0
     progress.end()
     return folder.path / 'best.h5'
 
@@ -785,6 +1062,7 @@ def describe(options: argparse.Namespace) -> str:
     """Return in a few words what a model was trained on, for its model card."""
     parts = ['scanned samples (GNT)'] if options.gnt else []
     parts += ['drawn handwriting'] if options.drawn else []
+    parts += ["pictures of the user's own"] if options.images else []
     parts += [f'taught by {Path(options.teacher).name}'] if options.teacher else []
     parts += [f'started from {Path(options.init).name}'] if options.init else []
     return ', '.join(parts)
@@ -825,9 +1103,26 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group('what to learn from')
     g.add_argument('--gnt', nargs='+', metavar='DIR_OR_ZIP', help='GNT files, folders or zip archives of them')
     g.add_argument('--drawn', metavar='MATERIAL_DIR', help='draw handwriting from this material, see handwriting.py')
+    g.add_argument(
+        '--images',
+        nargs='+',
+        metavar='DIR',
+        help='pictures whose folder (鲍/0017.png) or name (鲍_2.png) is a character',
+    )
+    g.add_argument(
+        '--classes',
+        choices=('own', 'all'),
+        help="a network of the pictures' characters only, or of all 3755 (default: own for --images alone, else all)",
+    )
     g.add_argument('--strokes', metavar='FILE', help="a running hand's strokes beside the material, see handwriting.py")
     g.add_argument(
         '--gnt-share', type=_share, default=0.5, help='share of scanned samples where both are given (default: 0.5)'
+    )
+    g.add_argument(
+        '--images-share',
+        type=_share,
+        default=0.5,
+        help='share of pictures beside --gnt or --drawn (default: 0.5)',
     )
     g.add_argument(
         '--teacher', metavar='FILE', help='a model whose opinion of each sample is learned (.keras, or .h5 of ours)'
@@ -839,8 +1134,12 @@ def parser() -> argparse.ArgumentParser:
         help="draw N samples only, keep them and the teacher's answers on disk (17 KB each), and go through them again "
         'and again: for small networks, which learn faster than a teacher answers',
     )
-    g.add_argument('--augment', action='store_true', help='turn, slant and stretch scanned samples a little')
-    g.add_argument('--limit', type=_positive, help='learn from this many scanned samples only')
+    g.add_argument(
+        '--augment',
+        action=argparse.BooleanOptionalAction,
+        help='turn, slant and stretch samples a little (default: pictures, but not scanned samples)',
+    )
+    g.add_argument('--limit', type=_positive, help='learn from this many scanned samples, or pictures, only')
     g = p.add_argument_group('what to measure with')
     g.add_argument('--val-writers', type=_positive, help='writers set aside for validation (default: one in fifty)')
     g.add_argument('--val-samples', type=_positive, default=15_000, help='validation samples at most (default: 15000)')
@@ -852,7 +1151,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument('--architecture', choices=tuple(ARCHITECTURES), default='melnyk_net', help='default: melnyk_net')
     g.add_argument('--size', type=int, choices=(48, 64, 96), default=96, help='side of its input (default: 96)')
     g.add_argument('--pooling', choices=tuple(POOLINGS), default='GWAP', help='its global pooling (default: GWAP)')
-    g.add_argument('--init', metavar='FILE.h5', help='weights to start from, of any size and pooling')
+    g.add_argument('--init', metavar='FILE.h5', help='weights to start from, of any size, pooling and classes')
     g.add_argument(
         '--freeze',
         type=int,
@@ -865,10 +1164,10 @@ def parser() -> argparse.ArgumentParser:
         choices=('bfloat16', 'float32'),
         help='of the computation; weights are always float32 (default: bfloat16, but float32 for MobileNetV3)',
     )
-    g = p.add_argument_group("the recipe (defaults: the paper's for --gnt, our own for --drawn)")
+    g = p.add_argument_group("the recipe (defaults: the paper's for --gnt, our own for --drawn and for --images)")
     for name, kind, text in (
         ('batch-size', _positive, 'samples a step'),
-        ('epochs', _positive, 'passes over the scanned samples'),
+        ('epochs', _positive, 'passes over the scanned samples or pictures'),
         ('samples', _positive, 'drawn samples in all'),
         ('learning-rate', float, 'at its highest'),
         ('warmup', int, 'steps to get there'),
@@ -919,27 +1218,51 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
     p = parser()
     options = p.parse_args(arguments)
     if options.resume:
-        config = RunFolder(options.resume).config()
-        # What may differ from one part of a run to the next without changing its curve.
-        kept = {name: getattr(options, name) for name in ('resume', 'workers', 'coordinator', 'processes', 'process')}
-        return argparse.Namespace(**{**config['options'], **kept}), Recipe(**config['recipe'])
-    if not (options.gnt or options.drawn):
+        return resumed(options)
+    if not (options.gnt or options.drawn or options.images):
         p.error(
-            'what to learn from? give --gnt DIR_OR_ZIP … or --drawn MATERIAL_DIR (handwriting.py fetches the material)'
+            'what to learn from? give --gnt DIR_OR_ZIP …, --images DIR … or --drawn MATERIAL_DIR (handwriting.py '
+            'fetches the material)'
         )
+    if options.classes == 'own' and not (options.images and not options.gnt and not options.drawn):
+        p.error('--classes own is for --images alone: the other sources have all 3755 characters')
     if options.freeze and not options.init:
         p.error('--freeze is for weights that have learned: give --init FILE.h5, too')
-    if options.keep and not (options.drawn and options.teacher and not options.gnt and not options.coordinator):
+    alone = options.drawn and not (options.gnt or options.images or options.coordinator)
+    if options.keep and not (alone and options.teacher):
         p.error("--keep is for drawn samples and a teacher's answers, on one machine: give --drawn and --teacher alone")
     if not 0 <= options.process < options.processes:
         p.error(f'--process is 0 … {options.processes - 1}, received {options.process}')
-    recipe = PAPER if options.gnt and not options.drawn and not options.teacher else DRAWN
+    if options.images and not options.gnt and not options.drawn:
+        recipe = OWN if options.init else OWN_FROM_NOTHING
+    else:
+        recipe = PAPER if options.gnt and not options.drawn and not options.teacher else DRAWN
     if options.smoke:
         recipe = replace(recipe, batch_size=16, epochs=recipe.epochs and 2, samples=recipe.samples and 320, warmup=5)
         options.size, options.limit, options.val_samples, options.log_every = 48, options.limit or 160, 64, 5
         options.workers = options.workers or 1
     changed = {name: getattr(options, name) for name in asdict(recipe) if getattr(options, name, None) is not None}
     return options, replace(recipe, **changed)
+
+
+def resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Recipe]:
+    """Return options and recipe of the run to go on with.
+
+    Raises:
+        RunFolderError: If there is none, or one that this version cannot go on with.
+    """
+    config = RunFolder(options.resume).config()
+    # What may differ from one part of a run to the next without changing its curve.
+    kept = {name: getattr(options, name) for name in ('resume', 'workers', 'coordinator', 'processes', 'process')}
+    try:
+        # Runs of older versions lack the newer options, and have the schedule that went with epochs.
+        known = vars(parser().parse_args([])) | config['options']
+        recipe = {'schedule': 'plateau' if config['recipe']['epochs'] else 'cosine'} | config['recipe']
+        return argparse.Namespace(**(known | kept)), Recipe(**recipe)
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(
+            f'{options.resume}: config.json is damaged, or of a newer version ({error}); start a new run'
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

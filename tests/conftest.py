@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+
+def pytest_addoption(parser):
+    parser.addoption('--kills', type=int, default=2, help='how often a training run is killed (default: 2)')
+
+
 # 中 as strokes in a box of 100: two sides, top, bottom, and the upright through them.
 STROKES = (((18, 30), (22, 68)), ((18, 30), (84, 27), (80, 64)), ((22, 66), (80, 63)), ((50, 5), (51, 96)))
 
@@ -51,3 +56,36 @@ def small_file(small_model, tmp_path_factory):
     path = tmp_path_factory.mktemp('model') / 'small.h5'
     save_model(small_model, path, SMALL_LABELS, temperature=2.0, note='random weights')
     return path
+
+
+@pytest.fixture(scope='session')
+def small_tflite(small_model, tmp_path_factory):
+    """The small network exported in float32."""
+    pytest.importorskip('ai_edge_litert')
+    from export import export
+    from model_file import ModelInfo
+
+    path = tmp_path_factory.mktemp('exported') / 'small.tflite'
+    export(small_model, ModelInfo((96, 96, 1), 'GWAP', SMALL_LABELS, 2.0, 'random weights'), path)
+    return path
+
+
+def with_random_statistics(model):
+    """Give the normalizations of a network what training gives them, and its classifier something to say."""
+    import keras
+
+    rng = np.random.default_rng(1)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights(
+                [
+                    rng.uniform(0.5, 1.5, gamma.shape),
+                    rng.normal(0, 0.2, beta.shape),
+                    rng.normal(0, 0.2, mean.shape),
+                    rng.uniform(0.5, 2, variance.shape),
+                ]
+            )
+    kernel, bias = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([rng.normal(0, 0.05, kernel.shape), rng.normal(0, 1, bias.shape)])
+    return model

@@ -2,7 +2,10 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +84,11 @@ def test_natural_order():
     assert sorted(names, key=natural_key) == ['2.png', '10.png', 'a1.png', 'A9.png', 'a10.png', 'b', '鲍.png']
 
 
+def test_natural_order_of_numbers_that_python_does_not_take():
+    names = ['9' * 5000, '1' * 5000, '2']
+    assert sorted(names, key=natural_key) == ['2', '1' * 5000, '9' * 5000]
+
+
 def test_find_images(tmp_path):
     for name in ('10.PNG', '9.jpg', 'note.txt', '.hidden.png', 'deep/er/1.webp', '.git/x.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -111,12 +119,36 @@ def test_find_images_takes_brackets_in_names(tmp_path):
     assert find_images([tmp_path / 'a[1].png']) == [tmp_path / 'a[1].png']
 
 
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / 'locked').mkdir()
+    (tmp_path / 'a.png').touch()
+    scandir = os.scandir
+
+    def guarded(path):
+        if os.fspath(path).endswith('locked'):
+            raise PermissionError(13, 'Permission denied', os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', guarded)
+    monkeypatch.setattr(os, 'access', lambda path, mode: not os.fspath(path).endswith('locked'))
+    assert find_images([tmp_path]) == [tmp_path / 'a.png', tmp_path / 'locked']
+    assert find_images([tmp_path / 'locked']) == [tmp_path / 'locked']
+    with pytest.raises(ImageError, match=r'may not be read|no permission'):
+        open_image(tmp_path / 'locked')
+
+
 def test_find_images_of_nothing(tmp_path):
     assert find_images([tmp_path]) == []
     with pytest.raises(FileNotFoundError, match='nothing'):
         find_images([tmp_path / 'nothing'])
     with pytest.raises(FileNotFoundError, match='png'):
         find_images([tmp_path / '*.png'])
+
+
+@pytest.mark.parametrize('source', ['~no-such-user/a.png', 'a' * 5000, 'a' * 5000 + '*', '/'.join('a' * 3000), 'a\0b'])
+def test_find_images_in_places_that_cannot_be(source):
+    with pytest.raises(FileNotFoundError, match='no such file or folder'):
+        find_images([source])
 
 
 def test_printable_escapes_what_steers_a_terminal():
@@ -140,6 +172,15 @@ def test_written_aside_keeps_the_old_file_on_failure(tmp_path):
         assert path.read_text() == 'old'
     assert path.read_text() == 'new'
     assert os.listdir(tmp_path) == ['file.txt']
+
+
+def test_written_aside_takes_the_longest_names(tmp_path):
+    for name in ('啊' * 83 + '.txt', 'a' * 251 + '.txt'):
+        with written_aside(tmp_path / name) as aside:
+            aside.write_text('new')
+            assert aside.suffix == '.txt'
+        assert (tmp_path / name).read_text() == 'new'
+    assert len(os.listdir(tmp_path)) == 2
 
 
 FORMATS = ['png', 'jpg', 'bmp', 'gif', 'tif', 'webp', 'ppm']
@@ -214,6 +255,57 @@ def bomb(side: int) -> bytes:
     return b'\x89PNG\r\n\x1a\n' + b''.join(parts)
 
 
+def header_bombs() -> dict[str, bytes]:
+    """A few bytes of each format that promise gigabytes of pixels."""
+    jpeg = io.BytesIO()
+    Image.new('L', (8, 8)).save(jpeg, 'JPEG')
+    jpeg = bytearray(jpeg.getvalue())
+    sides = jpeg.index(b'\xff\xc0') + 5
+    jpeg[sides : sides + 4] = struct.pack('>HH', 65000, 65000)
+    tiff = io.BytesIO()
+    Image.new('L', (7, 9)).save(tiff, 'TIFF')
+    tiff = tiff.getvalue()
+    for tag in (256, 257):  # ImageWidth, ImageLength
+        found = tiff.index(struct.pack('<H', tag))
+        tiff = tiff[: found + 2] + struct.pack('<HII', 4, 1, 60_000) + tiff[found + 12 :]
+    return {
+        'png': bomb(60_000),
+        'gif': b'GIF89a' + struct.pack('<HHBBB', 65000, 65000, 0x80, 0, 0) + bytes(6) + b',' + bytes(20),
+        'bmp': b'BM' + struct.pack('<IIIIiiHHIIiiII', 54, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        'ppm': b'P6 60000 60000 255\n' + bytes(50),
+        'jpg': bytes(jpeg),
+        'tif': tiff,
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='what a process takes is measured otherwise there')
+def test_bombs_are_refused_before_they_take_memory(tmp_path):
+    for suffix, content in header_bombs().items():
+        (tmp_path / f'a.{suffix}').write_bytes(content)
+    code = """if True:
+        import resource, sys, data_utils
+        from pathlib import Path
+        data_utils.Image.init()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for path in sorted(Path(sys.argv[1]).iterdir()):
+            for reduced in (False, True):
+                try:
+                    data_utils.open_image(path, reduced=reduced)
+                except data_utils.ImageError as error:
+                    print(path.name, str(error).split(':')[0])
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(grown * (1 if sys.platform == 'darwin' else 1024))
+    """
+    root = Path(data_utils.__file__).parent
+    done = subprocess.run(
+        [sys.executable, '-c', code, tmp_path], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    *refused, grown = done.stdout.splitlines()
+    expected = [f'a.{suffix} the image is too large to be one character' for suffix in sorted(header_bombs())]
+    assert refused[::2] == refused[1::2] == expected
+    assert int(grown) < 32e6
+
+
 @pytest.mark.parametrize(
     ('content', 'reason'),
     [
@@ -244,7 +336,147 @@ def test_a_truncated_image_is_damaged(tmp_path, character):
         open_image(tmp_path / 'a.png')
 
 
+def photo(writing: np.ndarray, part: float) -> Image.Image:
+    """A page of 3200 × 2400 pixels, lit from one side, of whose height the writing covers a part."""
+    side = round(2400 * part)
+    page = Image.new('L', (3200, 2400), 'white')
+    page.paste(
+        Image.fromarray(writing).resize((side, side), Image.Resampling.BICUBIC),
+        ((3200 - side) * 3 // 5, (2400 - side) // 3),
+    )
+    return Image.fromarray(lit(np.asarray(page), 0.5)).convert('RGB')
+
+
+@pytest.mark.parametrize(
+    ('part', 'width'),
+    [(0.8, 800), (0.2, 1600), (0.06, 3200), (0.03, 3200)],
+)
+def test_a_photo_is_opened_as_large_as_its_writing_needs(tmp_path, character, part, width):
+    path = tmp_path / 'a.jpg'
+    photo(character, part).save(path, quality=92)
+    picture = open_image(path, reduced=True)
+    assert picture.shape == (width * 3 // 4, width, 3)
+    assert open_image(path).shape == (2400, 3200, 3)
+    # However small it is: a second look, at the writing alone, is as fine as the file.
+    assert difference(network_input(character), network_input(picture)) < 0.4
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_a_reduced_photo_is_turned_as_the_whole_one(tmp_path, character, mode):
+    path = tmp_path / 'a.jpg'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(character, 0.6).convert(mode).save(path, quality=92, exif=exif)
+    whole, reduced = open_image(path), open_image(path, reduced=True)
+    assert (whole.shape, reduced.shape) == ((3200, 2400, 3), (800, 600, 3))
+    assert difference(network_input(whole), network_input(reduced)) < 0.15
+
+
+@pytest.mark.parametrize('name', ['blank.jpg', 'small.jpg', 'large.png'])
+def test_reduced_leaves_other_files_as_they_are(tmp_path, character, name):
+    page = {
+        'blank.jpg': Image.new('L', (3000, 2000), 'white'),
+        'small.jpg': Image.fromarray(character),
+        'large.png': photo(character, 0.8),
+    }[name]
+    page.save(tmp_path / name)
+    assert np.array_equal(open_image(tmp_path / name, reduced=True), open_image(tmp_path / name))
+
+
+def test_a_truncated_photo_is_damaged_reduced_too(tmp_path, character):
+    whole = io.BytesIO()
+    photo(character, 0.8).save(whole, 'JPEG')
+    (tmp_path / 'a.jpg').write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(ImageError, match='damaged'):
+        open_image(tmp_path / 'a.jpg', reduced=True)
+
+
 # --- Pages
+
+
+def naive(image, window, reduce):
+    """A filter of a window (rows and columns from, to) by its definition: the edges hold what there is of it."""
+    height, width = image.shape
+    (up, down), (left, right) = window, window
+    return np.array(
+        [
+            [reduce(image[max(0, y - up) : y + down + 1, max(0, x - left) : x + right + 1]) for x in range(width)]
+            for y in range(height)
+        ]
+    )
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 9), (8, 3), (13, 17)])
+@pytest.mark.parametrize('window', [(0, 0), (1, 1), (2, 3), (6, 5)])
+def test_running_extremes_are_those_of_the_window(shape, window):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    assert np.array_equal(data_utils._running(np.maximum, image, *window), naive(image, window, np.max))
+    assert np.array_equal(data_utils._running(np.minimum, image, *window), naive(image, window, np.min))
+
+
+def test_median_of_nine():
+    image = np.random.default_rng(0).integers(0, 256, (11, 14), np.uint8)
+    expected = naive(np.pad(image, 1, mode='edge'), (1, 1), np.median)[1:-1, 1:-1]
+    assert np.array_equal(data_utils._median_of_nine(image), expected)
+
+
+@pytest.mark.parametrize('fraction', [0, 0.3, 0.5, 0.95, 1])
+@pytest.mark.parametrize('count', [1, 2, 10, 999])
+def test_quantiles_of_a_histogram(fraction, count):
+    values = np.random.default_rng(count).integers(0, 256, count, np.uint8)
+    assert data_utils._quantile(data_utils._histogram(values), fraction) == pytest.approx(np.quantile(values, fraction))
+
+
+def reached(mask, start):
+    """The pixels that hang together with one of them, corners included, by walking."""
+    found, waiting = {start}, [start]
+    while waiting:
+        y, x = waiting.pop()
+        for place in ((y + down, x + right) for down in (-1, 0, 1) for right in (-1, 0, 1)):
+            inside = 0 <= place[0] < mask.shape[0] and 0 <= place[1] < mask.shape[1]
+            if inside and mask[place] and place not in found:
+                found.add(place)
+                waiting.append(place)
+    return found
+
+
+@pytest.mark.parametrize('share', [0.1, 0.4, 0.6])
+def test_dust_is_what_hangs_together_and_has_next_to_nothing(share):
+    rng = np.random.default_rng(1)
+    ink = rng.random((24, 31)) < share
+    darkness = np.where(ink, rng.integers(0, 2, ink.shape), 0).astype(np.uint8)
+    darkness[3, 4] = 200 if ink[3, 4] else 0
+    limit = data_utils._DUST * darkness.sum()
+    expected = np.zeros_like(ink)
+    left = set(zip(*np.nonzero(ink), strict=True))
+    while left:
+        blot = reached(ink, next(iter(left)))
+        left -= blot
+        rows, columns = zip(*blot, strict=True)
+        expected[rows, columns] = darkness[rows, columns].sum() > limit
+    assert np.array_equal(data_utils._without_dust(ink, darkness), expected)
+
+
+def test_a_spiral_is_one_blot():
+    spiral = np.zeros((61, 61), bool)
+    for ring in range(0, 28, 4):
+        spiral[ring, ring : 61 - ring] = spiral[60 - ring, ring : 61 - ring] = True
+        spiral[ring : 61 - ring, ring] = spiral[ring : 61 - ring, 60 - ring] = True
+        spiral[ring + 1 : ring + 4, ring] = False
+        spiral[ring + 4, ring : ring + 4] = True
+    darkness = np.zeros(spiral.shape, np.uint8)
+    darkness[30, 30] = 1  # no part of it
+    assert not data_utils._without_dust(spiral, darkness).any()
+    darkness[spiral] = 1
+    assert np.array_equal(data_utils._without_dust(spiral, darkness), spiral)
+
+
+def test_large_colour_pictures_are_reduced_as_small_ones():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (707, 501, 3), np.uint8)
+    assert image.size > data_utils._LARGE
+    expected = np.asarray(Image.fromarray(image).reduce(5))
+    assert np.abs(data_utils._reduced(image, 142).astype(int) - expected).max() <= 1
 
 
 def test_otsu_parts_two_peaks_in_the_middle():
@@ -314,6 +546,32 @@ def test_a_tiny_glyph_on_a_huge_page():
     page = np.full((3000, 4000), 255, np.uint8)
     page[2900:2940, 30:70] = tiny
     assert difference(network_input(tiny), network_input(page)) < 0.3
+
+
+def test_dots_all_over_are_no_writing():
+    dots = np.full((600, 600), 255, np.uint8)
+    dots[5::20, 5::20] = 0
+    with pytest.raises(NoInkError):
+        network_input(dots)
+
+
+@pytest.mark.parametrize('part', [0.6, 0.06, 0.025])
+def test_a_dark_corner_does_not_hide_a_small_character(character, part):
+    # At first sight the corner is writing too; then the picture is looked at again, closer.
+    assert difference(network_input(character), network_input(np.asarray(photo(character, part)))) < 0.4
+
+
+def test_scipy_is_not_needed(character):
+    code = (
+        'import sys; sys.modules["scipy"] = None\n'
+        'import numpy as np, data_utils, papers\n'
+        'ink = np.full((90, 90), 255, np.uint8); ink[20:70, 40:48] = ink[40:46, 10:80] = 30\n'
+        'print([data_utils.network_input(paper(ink)).shape for paper in papers.PAPERS.values()])'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=Path(data_utils.__file__).parent, capture_output=True, text=True
+    )
+    assert done.stdout.count('(96, 96)') == len(PAPERS), done.stderr
 
 
 def test_arguments_are_not_changed(character):

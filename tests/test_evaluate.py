@@ -10,8 +10,18 @@ from PIL import Image
 
 import evaluate
 from data_utils import LABEL_INDEX, LABELS, crop_to_ink, fit
-from evaluate import Answers, DataError, Gallery, fit_temperature, named_character, read_samples, reliability
-from gnt_reader import write_gnt
+from evaluate import (
+    Answers,
+    ClassRanking,
+    DataError,
+    Gallery,
+    fit_temperature,
+    labelled_pictures,
+    named_character,
+    read_samples,
+    reliability,
+)
+from gnt_reader import export_gnt, write_gnt
 
 
 @pytest.fixture
@@ -47,14 +57,65 @@ def test_rows_by_writer_and_class(answers):
         ('a', 3, pytest.approx(2 / 3, abs=1e-4)),
         ('b', 3, pytest.approx(1 / 3, abs=1e-4)),
     ]
-    rows = {row['character']: row for row in evaluate.by_class(answers, '甲乙丙丁')}
+    rows = {row['character']: row for row in evaluate.by_class(answers, '甲乙丙丁', np.array([1, 0.5, np.nan, 0.25]))}
     assert set(rows) == set('甲乙丁')  # no sample of 丙
     assert rows['乙'] == {
         'character': '乙', 'samples': 2, 'right': 2, 'answered': 4, 'recall': '1.0000', 'precision': '0.5000',
-        'mean_probability': '0.8500',
+        'f1': '0.6667', 'average_precision': '0.5000', 'mean_probability': '0.8500',
     }  # fmt: skip
     assert rows['丁']['precision'] == ''
     assert evaluate.confused_pairs(answers, '甲乙丙丁') == [('甲', '乙', 1), ('丁', '乙', 1), ('丁', '甲', 1)]
+
+
+def test_macro_averages_by_hand(answers):
+    row = evaluate.summary(answers, np.array([1, 0.5, np.nan, 0.25]))
+    # Recalls 1/2, 2/2 and 0/2 of 甲, 乙 and 丁; answered 2, 4 and 0 times; 丙 has no samples.
+    assert row['macro_recall'] == pytest.approx((1 / 2 + 1 + 0) / 3, abs=1e-5)
+    assert row['macro_f1'] == pytest.approx((2 / 4 + 4 / 6 + 0) / 3, abs=1e-5)
+    assert row['mean_average_precision'] == pytest.approx((1 + 0.5 + 0.25) / 3, abs=1e-5)
+    assert 'mean_average_precision' not in evaluate.summary(answers)
+
+
+def average_precision(scores, is_true) -> float:
+    """The definition, sample by sample: Σ (Rₙ − Rₙ₋₁) Pₙ over the thresholds from the highest score down."""
+    total, before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        chosen = scores >= threshold
+        recall = (is_true & chosen).sum() / is_true.sum()
+        total += (recall - before) * (is_true & chosen).sum() / chosen.sum()
+        before = recall
+    return total
+
+
+@pytest.mark.parametrize(('step', 'tolerance'), [(0.5, 1e-9), (0.0, 5e-3)])
+def test_average_precision_is_that_of_the_definition(step, tolerance):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 500)  # the seventh class has no sample
+    logits = rng.normal(0, 3, (500, 7))
+    logits[np.arange(500), labels] += 2
+    if step:
+        logits = np.round(logits / step) * step + 1e-3  # many equal scores, none at the edge of a bin
+    scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    ranking = ClassRanking(7)
+    for start in range(0, 500, 64):
+        ranking.add(scores[start : start + 64], labels[start : start + 64])
+    precisions = ranking.average_precisions()
+    wanted = [average_precision(scores[:, c], labels == c) for c in range(6)]
+    assert precisions[:6] == pytest.approx(wanted, abs=tolerance)
+    assert np.mean(precisions[:6]) == pytest.approx(np.mean(wanted), abs=1e-3)
+    assert np.isnan(precisions[6])
+
+
+def test_average_precision_of_the_surest_and_of_the_emptiest_answers():
+    labels = np.array([0, 1, 0, 1])
+    perfect, constant = ClassRanking(2), ClassRanking(2)
+    perfect.add(np.eye(2, dtype=np.float32)[labels], labels)
+    constant.add(np.full((4, 2), 0.5, np.float32), labels)
+    never = ClassRanking(2)
+    never.add(np.eye(2, dtype=np.float32)[1 - labels], labels)
+    assert perfect.average_precisions().tolist() == [1, 1]
+    assert constant.average_precisions().tolist() == [0.5, 0.5]
+    assert never.average_precisions().tolist() == [0.5, 0.5]  # found last, when half of all samples are of the class
 
 
 def test_reliability_by_hand():
@@ -97,10 +158,38 @@ def test_the_gallery_keeps_the_surest_mistakes(answers):
         ('images/鲍鱼.png', None),
         ('images/scan.png', None),
         ('images/0.png', None),
+        ('龘/1.png', None),
     ],
 )
 def test_what_a_picture_is_named_by(tmp_path, path, character):
     assert named_character(tmp_path / path) == character
+
+
+@pytest.mark.parametrize(
+    ('path', 'character'),
+    [
+        ('鲍/0001.png', '鲍'),
+        ('B1AB/0001.png', '鲍'),
+        ('龘/0001.png', '龘'),
+        ('7/0001.png', '7'),
+        ('a/0001.png', 'a'),
+        ('3000/0001.png', '0'),  # the code of an export
+        ('2024/0001.png', None),
+        ('cafe/0001.png', None),
+        ('1/鲍_2.png', '鲍'),  # folders that number the writers
+        ('images/𠮷.png', '𠮷'),
+        ('images/ア_1.png', 'ア'),
+        ('images/7.png', None),
+        ('images/A.png', None),
+        ('鲍/永.png', '鲍'),
+    ],
+)
+def test_what_a_picture_of_any_character_is_named_by(tmp_path, path, character):
+    file = tmp_path / path
+    assert named_character(file, None) == character
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b'')
+    assert labelled_pictures([tmp_path]) == [(file, character)]
 
 
 def page(k):
@@ -135,6 +224,34 @@ def test_all_kinds_of_data_give_the_same_samples(tmp_path):
     assert both.images.shape == (6, 48, 48)
 
 
+@pytest.mark.parametrize('names', ['character', 'code'])
+def test_an_export_is_read_as_its_gnt_file(tmp_path, names):
+    rng = np.random.default_rng(0)
+    records = []
+    for k, character in enumerate('啊鲍座啊' * 4):
+        scan = draw_character(40 + 4 * k, width=0.04 + 0.01 * (k % 5), ink=int(rng.integers(0, 120)))
+        records.append((character, scan[: 30 + 3 * k]))
+    write_gnt(tmp_path / '1001-c.gnt', [*records, ('A', records[0][1])])
+    export_gnt(tmp_path / '1001-c.gnt', tmp_path / 'png', names=names)
+    there, back = read_samples([tmp_path / '1001-c.gnt']), read_samples([tmp_path / 'png'])
+    assert len(there.labels) == len(back.labels) == 16
+    assert sorted(there.labels) == sorted(back.labels)
+    left = list(zip(back.labels, back.images.astype(int), strict=True))
+    for label, image in zip(there.labels, there.images, strict=True):
+        # Each finds its own again. What a picture goes through darkens ink by a fiftieth.
+        distances = [np.abs(image - other).max() for _, other in left]
+        assert min(distances) <= 5
+        assert left.pop(int(np.argmin(distances)))[0] == label
+
+
+def test_samples_of_a_models_own_characters(tmp_path):
+    write_gnt(tmp_path / '1001-c.gnt', [('A', page(1)), ('啊', page(2)), ('座', page(3))])
+    samples = read_samples([tmp_path / '1001-c.gnt'], labels='座A')
+    assert samples.labels.tolist() == [1, 0]
+    with pytest.raises(DataError, match='no sample of the 2 characters'):
+        read_samples([tmp_path / '1001-c.gnt'], labels='永字')
+
+
 def test_what_is_left_out_is_said(tmp_path):
     blank = np.full((1, 30, 30), 255, np.uint8)
     images = np.concatenate([blank, blank - 255, blank - 200])
@@ -143,6 +260,17 @@ def test_what_is_left_out_is_said(tmp_path):
     chunks = list(evaluate.iterate_samples([tmp_path / 'data.npz'], report=said.append))
     assert sum(len(chunk.labels) for chunk in chunks) == 1
     assert said == [f'{tmp_path / "data.npz"}: left out 1 blank, 1 of other characters']
+
+
+def test_pictures_that_are_left_out_are_said(tmp_path):
+    for path in ('啊/1.png', '龘/1.png', 'scans/1.png'):
+        (tmp_path / path).parent.mkdir()
+        Image.fromarray(page(1)).save(tmp_path / path)
+    (tmp_path / '啊' / '2.png').write_bytes(b'no picture')
+    said = []
+    assert [len(chunk.labels) for chunk in evaluate.iterate_samples([tmp_path], report=said.append)] == [1]
+    for part in ('1 unreadable', '1 of other characters', '1 without a character in their name'):
+        assert part in said[0]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +300,7 @@ def pictures(tmp_path):
     return tmp_path / 'data'
 
 
-def test_a_report(small_file, pictures, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, 'LABEL_INDEX', {c: i for i, c in enumerate(SMALL_LABELS)})
+def test_a_report(small_file, pictures, tmp_path, capsys):
     out, calibrated = tmp_path / 'report', tmp_path / 'calibrated.h5'
     arguments = [str(pictures), '--model', str(small_file), '--out', str(out), '--fit-temperature', str(calibrated)]
     assert evaluate.main(arguments) == 0
@@ -183,10 +310,16 @@ def test_a_report(small_file, pictures, tmp_path, capsys, monkeypatch):
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['samples'] == 10
     assert summary['top5'] == 1.0  # of five classes
+    assert summary['macro_recall'] == summary['top1']  # as many samples of each
+    assert 0 < summary['mean_average_precision'] <= 1
+    assert f'mean_average_precision {summary["mean_average_precision"]}' in text
     with (out / 'classes.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [row['character'] for row in rows] == list(SMALL_LABELS)
     assert sum(int(row['right']) for row in rows) == round(10 * summary['top1'])
+    assert np.mean([float(row['f1']) for row in rows]) == pytest.approx(summary['macro_f1'], abs=1e-4)
+    precisions = [float(row['average_precision']) for row in rows]
+    assert np.mean(precisions) == pytest.approx(summary['mean_average_precision'], abs=1e-4)
     for picture in ('reliability.png', 'mistakes.png'):
         assert Image.open(out / picture).size[0] > 100
 
@@ -199,7 +332,11 @@ def test_a_report(small_file, pictures, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
-    [(('nowhere.npz',), 'nowhere.npz'), (('--benchmark', 'nowhere'), 'nowhere'), (('.',), 'no sample of the 3755')],
+    [
+        (('nowhere.npz',), 'nowhere.npz'),
+        (('--benchmark', 'nowhere'), 'nowhere'),
+        (('.',), 'no sample of the 5 characters'),
+    ],
 )
 def test_errors_in_one_line(small_file, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -8,10 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw_character
+from PIL import Image
 
-from data_utils import LABELS
-from feed import Feed, FeedError, GntSource, MixedSource, augmented, split_by_writer, training_index
-from gnt_reader import GntError, write_gnt
+from data_utils import LABELS, ImageError, network_input, open_image
+from feed import (
+    Feed,
+    FeedError,
+    GntSource,
+    ImageSource,
+    MixedSource,
+    augmented,
+    prepared_picture,
+    refuse_competition_pictures,
+    split_by_class,
+    split_by_writer,
+    training_index,
+    unreadable_pictures,
+)
+from gnt_reader import GntError, export_gnt, write_gnt
 
 ROOT = Path(__file__).parents[1]
 CHARACTERS = LABELS[:4]
@@ -123,6 +137,111 @@ def test_files_without_a_character_of_the_table_are_refused(tmp_path):
     write_gnt(tmp_path / '1001-c.gnt', [('A', draw_character(40))])
     with pytest.raises(FeedError, match='no sample of the 3755 characters'):
         training_index([tmp_path])
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def exported(folder, tmp_path_factory):
+    """The same samples as pictures, and their class indices."""
+    out = tmp_path_factory.mktemp('png') / 'png'
+    export_gnt(folder, out)
+    files = sorted(map(str, out.rglob('*.png')))
+    return tuple(files), np.array([CHARACTERS.index(Path(file).parent.name) for file in files], np.int32)
+
+
+def test_an_export_gives_the_samples_of_its_gnt_files(source, exported):
+    there, back = source.batch(range(20)), ImageSource(*exported).batch(range(20))
+    assert back.images.dtype == np.uint8
+    assert back.trusted.all()
+    # Ink and pen tell the samples apart. What a picture goes through darkens ink by a fiftieth.
+    order, same = (np.argsort(batch.images.astype(int).sum((1, 2))) for batch in (there, back))
+    assert there.labels[order].tolist() == back.labels[same].tolist()
+    assert np.abs(there.images[order].astype(int) - back.images[same]).max() <= 5
+
+
+def test_a_picture_is_a_function_of_its_number(exported):
+    pictures = ImageSource(*exported, seed=3, augment=True)
+    passes = [pictures.batch(range(20 * i, 20 * (i + 1))) for i in range(2)]
+    for batch in passes:
+        assert np.bincount(batch.labels).tolist() == [5, 5, 5, 5]
+    assert passes[0].labels.tolist() != passes[1].labels.tolist()
+    again = ImageSource(*exported, seed=3, augment=True).batch([2, 25])
+    np.testing.assert_array_equal(again.images, np.stack([passes[0].images[2], passes[1].images[5]]))
+    plain = ImageSource(*exported, seed=3).batch([2])
+    assert (plain.images[0] != again.images[0]).any()
+    assert plain.labels[0] == again.labels[0]
+    with Feed(pictures, batch_size=6, start=3, workers=2) as feed:
+        for number in (3, 4):  # in the second pass, too
+            np.testing.assert_array_equal(next(feed).images, pictures.batch(range(6 * number, 6 * number + 6)).images)
+
+
+def test_pictures_are_prepared_as_a_users(exported):
+    image = prepared_picture(exported[0][0])
+    np.testing.assert_array_equal(image, network_input(open_image(exported[0][0])))
+    assert not image.flags.writeable  # it is kept for the next pass
+
+
+def test_pictures_that_cannot_be_learned_from_are_named(exported, tmp_path):
+    (tmp_path / 'broken.png').write_bytes(b'nothing')
+    Image.new('L', (40, 40), 255).save(tmp_path / 'blank.png')
+    bad = [str(tmp_path / name) for name in ('broken.png', 'blank.png', 'gone.png')]
+    seen = []
+    reasons = unreadable_pictures([bad[0], *exported[0] * 2, *bad[1:]], workers=2, progress=seen.append)
+    assert list(reasons) == bad
+    assert 'not an image' in reasons[bad[0]]
+    assert 'nothing is written' in reasons[bad[1]]
+    assert seen[-1] == 43
+    assert unreadable_pictures([]) == {}
+
+
+def test_a_picture_that_vanishes_meanwhile_stops_the_run(exported, tmp_path):
+    source = ImageSource((str(tmp_path / 'gone.png'),), np.zeros(1, np.int32))
+    with (
+        Feed(source, 2, workers=1) as feed,
+        pytest.raises(FeedError, match=r'gone\.png: no such file; .* new run'),
+    ):
+        next(feed)
+    with pytest.raises(ImageError):
+        prepared_picture(str(tmp_path / 'gone.png'))
+
+
+@pytest.mark.parametrize('share', [0.0, 0.01, 0.2, 0.5, 1.0])
+def test_each_class_keeps_samples_to_learn_from(share):
+    labels = np.repeat(np.arange(6), [1, 2, 3, 10, 40, 100])
+    labels = np.random.default_rng(0).permutation(labels)
+    training, validation = split_by_class(labels, share, seed=1)
+    assert sorted([*training, *validation]) == list(range(len(labels)))
+    learned, measured = (np.bincount(labels[part], minlength=6) for part in (training, validation))
+    assert (learned >= 1).all()
+    assert measured[0] == 0
+    if share:
+        assert (measured[1:] >= 1).all()
+        wanted = np.clip(np.round(share * np.array([2, 3, 10, 40, 100])), 1, [1, 2, 9, 39, 99])
+        assert measured[1:].tolist() == wanted.tolist()
+    else:
+        assert not len(validation)
+    for mine, again in zip((training, validation), split_by_class(labels, share, seed=1), strict=True):
+        np.testing.assert_array_equal(mine, again)
+    if 0.1 < share < 1:
+        assert split_by_class(labels, share, seed=2)[1].tolist() != validation.tolist()
+    few, same = split_by_class(labels, share, seed=1, limit=6)
+    assert sorted(labels[few]) == [0, 1, 2, 3, 4, 5]  # one of each before a second of any
+    np.testing.assert_array_equal(same, validation)
+
+
+def test_nothing_can_be_split():
+    assert [len(part) for part in split_by_class(np.zeros(0, np.int32), 0.2)] == [0, 0]
+
+
+def test_pictures_of_the_competition_are_refused():
+    refuse_competition_pictures(['鲍/1001-c_0.png', 'IMG_0001.jpg'])
+    with pytest.raises(FeedError, match=r'C001-f-f_123\.png: 1 picture\(s\) .*competition'):
+        refuse_competition_pictures(['鲍/1001-c_0.png', '鲍/C001-f-f_123.png'])
+
+
+# --- Workers ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_error_in_a_worker_reaches_the_run(source, tmp_path):

@@ -336,6 +336,18 @@ def test_zip_without_records(tmp_path, files, message):
         read_all(zip_of(tmp_path / 'x.zip', files))
 
 
+@pytest.mark.parametrize('name', ['', '9' * 5000 + '.gnt'], ids=['none', 'thousands of digits'])
+def test_odd_names_in_an_archive(tmp_path, name):
+    data = bytearray(zip_of(tmp_path / 'x.zip', {name or 'x.gnt': GOOD, '2.gnt': SECOND}).read_bytes())
+    if not name:
+        # The directory says of its first entry that it has no name, and that the letters there are a comment.
+        place = data.index(b'PK\1\2')
+        data[place + 28 : place + 34] = struct.pack('<HHH', 0, 0, len('x.gnt'))
+    records, errors = tolerant(write(tmp_path / 'x.zip', bytes(data)))
+    assert [record.character for record in records] == (['座', '啊'] if name else ['座'])
+    assert errors == []
+
+
 def test_sources_that_are_none(tmp_path):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'alz').mkdir()

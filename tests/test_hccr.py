@@ -3,13 +3,16 @@ import pytest
 from conftest import SMALL_LABELS, draw_character
 from PIL import Image
 
-from data_utils import network_input
+import melnyk_net
+from data_utils import network_input, open_image
 from hccr import BATCH_SIZES, HCCR, Candidate, response_line
+from model_file import DEFAULT_MODEL, LIGHT_MODEL, default_model
 
 
 @pytest.fixture(scope='module')
 def recogniser(small_file):
-    return HCCR(small_file)
+    # Exact to many digits, so that batches of different sizes can be compared.
+    return HCCR(small_file, precision='float32')
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +51,8 @@ def test_probabilities_sum_to_one_and_do_not_depend_on_the_batch(recogniser, inp
 
 
 def test_the_temperature_of_the_file_is_applied(small_file, small_model, inputs):
-    cold = HCCR(small_model, SMALL_LABELS).probabilities(inputs)
-    warm = HCCR(small_file).probabilities(inputs)
+    cold = HCCR(small_model, SMALL_LABELS, precision='float32').probabilities(inputs)
+    warm = HCCR(small_file, precision='float32').probabilities(inputs)
     expected = cold**0.5 / (cold**0.5).sum(axis=1, keepdims=True)  # softmax(logits / 2)
     assert np.allclose(warm, expected, atol=1e-5)
     assert np.array_equal(cold.argmax(axis=1), warm.argmax(axis=1))
@@ -72,6 +75,14 @@ def test_labels_must_fit(small_model):
         HCCR(small_model, '一二')
     with pytest.raises(ValueError, match='needs its labels'):
         HCCR(small_model)
+
+
+@pytest.mark.parametrize('shape', [(48, 32, 1), (48, 48, 3)])
+def test_other_images_than_square_gray_ones_are_refused(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(melnyk_net, 'FILTER_GROUPS', ((2,),))
+    melnyk_net.save_model(melnyk_net.melnyk_net(shape, num_classes=1), tmp_path / 'a.h5', '一')
+    with pytest.raises(ValueError, match='×'.join(map(str, shape))):
+        HCCR(tmp_path / 'a.h5')
 
 
 def test_show_summary(small_file, capsys):
@@ -105,7 +116,7 @@ def test_read_gives_what_figures_need(recogniser, tmp_path):
     Image.fromarray(draw_character(1000)).save(tmp_path / 'a.png')
     (reading,) = recogniser.read([tmp_path / 'a.png'], with_images=True)
     assert reading.image.shape == (512, 512, 3)
-    assert np.array_equal(reading.network_input, network_input(draw_character(1000)))
+    assert np.array_equal(reading.network_input, network_input(open_image(tmp_path / 'a.png')))
     assert reading.activation_map.shape == (96, 96)
 
 
@@ -120,3 +131,30 @@ def test_read_starts_before_it_knows_all_files(recogniser, tmp_path):
     for _ in range(20):
         assert next(readings).candidates
     readings.close()
+
+
+def test_the_network_works_while_answers_are_taken(recogniser, tmp_path):
+    """Full batches are one ahead of what was asked for, and all answers come in order."""
+    Image.fromarray(draw_character()).save(tmp_path / 'a.png')
+    missing = [tmp_path / f'{i}.png' for i in range(300)]
+    paths = [path for pair in zip([tmp_path / 'a.png'] * 300, missing, strict=True) for path in pair]
+    readings = list(recogniser.read(paths, num_predictions=1))
+    assert [reading.path for reading in readings] == paths
+    assert [bool(reading.error) for reading in readings] == [False, True] * 300
+
+
+@pytest.mark.parametrize(
+    ('backend', 'installed', 'expected'),
+    [
+        (None, 'tensorflow', DEFAULT_MODEL),
+        (None, None, LIGHT_MODEL),
+        ('jax', 'jax', DEFAULT_MODEL),
+        ('jax', 'tensorflow', LIGHT_MODEL),
+    ],
+)
+def test_the_default_is_what_can_be_run(monkeypatch, backend, installed, expected):
+    monkeypatch.delenv('KERAS_BACKEND', raising=False)
+    if backend:
+        monkeypatch.setenv('KERAS_BACKEND', backend)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name if name == installed else None)
+    assert default_model() == expected

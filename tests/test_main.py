@@ -137,6 +137,16 @@ def test_the_dialogue_is_the_original_one(folder, small_file, capsys):
         position = output.index(text, position) + len(text)
 
 
+def test_the_dialogue_of_a_light_installation(folder, small_tflite, capsys, monkeypatch):
+    monkeypatch.setattr(main, 'can_draw', lambda: False)
+    loading = main.Loading(str(small_tflite), crop=True)
+    assert main.dialogue(loading, None, reader('y', str(folder / '1.png'), '1', 'n')) == 0
+    output, errors = capsys.readouterr()
+    assert 'melnyk_net: 96×96 pixels → 5 characters' in output
+    assert output.count('Dear User') == 1
+    assert 'pip install matplotlib' in errors
+
+
 LEAVINGS = [(EOFError(), 0), (KeyboardInterrupt(), 130)]
 
 
@@ -212,6 +222,22 @@ def test_json_is_one_object_a_line_in_the_order_of_the_files(folder, run):
     assert '2.png' in errors
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+@pytest.mark.parametrize('format', ['text', 'json', 'csv'])
+def test_names_that_are_no_text_are_answered_for(folder, run, tmp_path, format):
+    odd = os.fsdecode(os.fsencode(folder) + b'/\xff\n\x1b[31m.png')
+    os.rename(folder / '1.png', odd)
+    status, output, errors = run(odd, folder / '10.PNG', '-n', 1, '--format', format, '--plot', tmp_path / 'figures')
+    assert status == 0, errors
+    if format == 'json':
+        assert [json.loads(line)['file'] for line in output.splitlines()] == [odd, str(folder / '10.PNG')]
+    elif format == 'csv':
+        assert len(list(csv.reader(io.StringIO(output)))) == 3
+    else:
+        assert '\x1b' not in output
+    assert len(os.listdir(tmp_path / 'figures')) == 3
+
+
 def test_csv_has_a_row_for_each_candidate(folder, run):
     status, output, _ = run(folder / '1.png', folder / '10.PNG', '-n', 2, '--format', 'csv')
     assert status == 0
@@ -240,6 +266,17 @@ def test_figures_are_saved(folder, run, tmp_path):
     assert sorted(path.name for path in figures.iterdir()) == ['1.png', '10.png', 'overview.png']
     assert Image.open(figures / '1.png').size == (800, 400)
     assert f'Figures saved in {figures}' in errors
+
+
+@pytest.mark.parametrize('plot', ['show', 'figures'])
+def test_figures_need_matplotlib(folder, run, monkeypatch, plot):
+    monkeypatch.setattr(main, 'can_draw', lambda: False)
+    status, output, errors = run(folder / '1.png', '--plot', plot)
+    assert status == 1
+    assert output == ''
+    assert len(errors.splitlines()) == 1
+    assert 'pip install matplotlib' in errors
+    assert run(folder / '1.png', '--plot', 'off')[0] == 0
 
 
 def test_figures_cannot_be_shown_without_a_display(folder, run, monkeypatch):
@@ -296,9 +333,19 @@ def test_wrong_usage(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_either_kind_of_model_answers_alike(folder, small_file, small_tflite, capsys):
+    answers = []
+    for model in (small_file, small_tflite):
+        arguments = [str(folder / '1.png'), '--format', 'json', '--model', str(model), '--precision', 'float32']
+        assert main.main(arguments) == 0
+        answers.append(json.loads(capsys.readouterr().out)['candidates'])
+    assert [c['character'] for c in answers[0]] == [c['character'] for c in answers[1]]
+
+
+@pytest.mark.parametrize('name', ['model.h5', 'model.tflite'])
 @pytest.mark.parametrize('content', [None, b'', b'text'])
-def test_a_bad_model_is_one_line_and_status_1(tmp_path, folder, content, capsys):
-    model = tmp_path / 'model.h5'
+def test_a_bad_model_is_one_line_and_status_1(tmp_path, folder, name, content, capsys):
+    model = tmp_path / name
     if content is not None:
         model.write_bytes(content)
     assert main.main([str(folder / '1.png'), '--model', str(model)]) == 1

@@ -1,6 +1,11 @@
 """Files that nobody should trust, read through `load_model`."""
 
 import json
+import os
+import re
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -65,6 +70,14 @@ HOSTILE = {
     'virtual dataset': (virtual_dataset, 'not stored in the file'),
     'shape bomb': (lambda f: replaced(f, BIAS, shape=(2**40,), dtype='f4', chunks=(2**20,)), 'classes'),
     'kernel bomb': (lambda f: replaced(f, CONV, shape=(2**40,), dtype='f4', chunks=(2**20,)), 'shape'),
+    'chunk bomb': (
+        lambda f: replaced(f, BIAS, shape=(5,), maxshape=(None,), dtype='f4', chunks=(2**29,), compression='gzip'),
+        'chunks',
+    ),
+    'chunks of a bomb of another rank': (
+        lambda f: replaced(f, CONV, shape=(3, 3, 64, 64), maxshape=(None,) * 4, dtype='f4', chunks=(3, 3, 64, 2**20)),
+        'chunks',
+    ),
     'wrong shape': (lambda f: replaced(f, CONV, data=np.zeros((3, 3, 64, 63), 'f4')), 'shape'),
     'scalar': (lambda f: replaced(f, BIAS, data=np.float32(1)), 'not an array'),
     'text': (lambda f: replaced(f, BIAS, data=[b'abc'] * 5), 'not an array'),
@@ -78,6 +91,10 @@ HOSTILE = {
     'another layer': (lambda f: f.create_group('model_weights/lambda_1'), 'lambda_1'),
     'no label table': (lambda f: f.attrs.__delitem__('offline_hccr'), 'no label table'),
     'pickled label table': (lambda f: f.attrs.__setitem__('offline_hccr', np.void(b'\x80\x04N.')), 'description'),
+    'an array for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', ['{}', '{}']), 'description'),
+    'a book for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', ' ' * 2**21), 'description'),
+    'a number for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', 1.0), 'description'),
+    'a label table nested deeply': (lambda f: f.attrs.__setitem__('offline_hccr', '[' * 60_000), 'description'),
     'too few labels': (lambda f: described(f, labels='一二'), '2 labels'),
     'a label twice': (lambda f: described(f, labels='一一二三人'), 'twice'),
     'labels that are numbers': (lambda f: described(f, labels=[1, 2, 3, 4, 5]), 'one character'),
@@ -96,6 +113,48 @@ def test_hostile_files_are_refused(tmp_path, small_file, case):
     with pytest.raises(ModelFileError, match=reason) as refusal:
         load_model(path)
     assert str(path) in str(refusal.value)
+
+
+def repeated_label_table(path, small_file):
+    """A description that is an array of 2,000 texts, all of them the same megabyte of the file."""
+    text = 'z' * 2**20
+
+    def edit(file):
+        file.attrs['offline_hccr'] = [text, *['x'] * 1999]
+
+    data = bytearray(change(path, small_file, edit).read_bytes())
+    # References to the texts, 16 bytes each: its length, the address of its heap, its number there.
+    place = re.search(re.escape(struct.pack('<I', len(text))) + rb'.{12}\x01\x00\x00\x00', data, re.DOTALL).start()
+    data[place : place + 16 * 2000] = data[place : place + 16] * 2000
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='what a process takes is measured otherwise there')
+def test_bombs_take_no_memory(tmp_path, small_file):
+    paths = [
+        change(tmp_path / f'{number}.h5', small_file, HOSTILE[case][0])
+        for number, case in enumerate(case for case in HOSTILE if 'bomb' in case or 'nested' in case)
+    ]
+    paths.append(repeated_label_table(tmp_path / 'repeated.h5', small_file))
+    code = """if True:
+        import resource, sys, model_file
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for path in sys.argv[1:]:
+            try:
+                with model_file.opened(path) as file:
+                    file.weight('dense_1', 'bias', (5,))
+                    file.weight('conv2d_2', 'kernel', (3, 3, 64, 64))
+            except model_file.ModelFileError as error:
+                print(error.reason)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(grown * (1 if sys.platform == 'darwin' else 1024))
+    """
+    done = subprocess.run([sys.executable, '-c', code, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    *reasons, grown = done.stdout.splitlines()
+    assert len(reasons) == len(paths), done.stdout
+    assert int(grown) < 64e6
 
 
 def test_a_swapped_table_of_3755_labels_is_refused(tmp_path):

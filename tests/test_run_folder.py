@@ -1,10 +1,11 @@
+import csv
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from run_folder import FIELDS, RunFolder, RunFolderError
+from run_folder import FIELDS, Picture, RunFolder, RunFolderError
 
 
 @pytest.fixture
@@ -40,6 +41,41 @@ def test_the_log_goes_on_where_the_state_was_saved(folder):
     assert len(later.rows) == 3
 
 
+def test_a_log_of_an_older_version_goes_on(folder):
+    older = [name for name in FIELDS if 'macro' not in name]
+    with (folder.path / 'log.csv').open('w') as file:
+        file.write(','.join(older) + '\n')
+        for step in (10, 20):
+            file.write(','.join(str(row(step).get(name, '')) for name in older) + '\n')
+    folder.rewind_log(20)
+    folder.log(row(30) | {'val_macro_recall': 0.5})
+    with (folder.path / 'log.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(FIELDS)
+    assert [r['step'] for r in rows] == ['10', '20', '30']
+    assert [r['val_macro_recall'] for r in rows] == ['', '', '0.5']
+    assert all(None not in r.values() for r in rows)
+    folder.draw_curves()
+
+
+def test_what_pictures_are_for_comes_back(folder):
+    pictures = [
+        Picture('鲍/1.png', '鲍', 'training'),
+        Picture('odd, "name"\n\udcff.png', 'A', 'validation'),
+        Picture('x.png', '', 'damaged image: why, ever'),
+    ]
+    folder.keep_pictures(pictures)
+    assert folder.pictures() == pictures
+
+
+@pytest.mark.parametrize('content', [None, 'file,character\na.png,b\n', 'a,b,c,d\n1,2,3,4\n'])
+def test_a_missing_or_damaged_list_of_pictures_is_said_so(folder, content):
+    if content:
+        (folder.path / 'images.csv').write_text(content)
+    with pytest.raises(RunFolderError, match='no list of its pictures'):
+        folder.pictures()
+
+
 def test_a_log_that_never_began_can_be_rewound(folder):
     folder.rewind_log(0)
     folder.log(row(1))
@@ -70,6 +106,24 @@ def test_a_missing_or_damaged_state_is_said_so(folder, content):
         (folder.path / 'state.npz').write_bytes(content)
     with pytest.raises(RunFolderError, match='no saved state to go on from'):
         folder.load_state()
+
+
+@pytest.mark.parametrize(('more', 'over'), [({}, 'samples'), ({'epoch': '0.5'}, 'epoch')])
+def test_the_curves_show_training_and_validation(folder, more, over, monkeypatch):
+    drawn = []
+    monkeypatch.setattr('figures.save', lambda figure, path: drawn.append(figure))
+    for step in (1, 2):
+        folder.log(row(step) | more | {'macro_recall': 0.25})
+    folder.log(row(3) | more | {'val_loss': 0.5, 'val_top1': 0.5, 'val_top5': 0.75, 'val_macro_recall': 0.4})
+    folder.draw_curves()
+    panels = drawn[0].axes
+    shown = {line.get_label(): line.get_ydata()[-1] for axes in panels for line in axes.lines}
+    assert shown == {
+        'loss': pytest.approx(1 / 3, abs=1e-4), 'val_loss': 0.5, 'accuracy': 0.5, 'val_top1': 0.5, 'val_top5': 0.75,
+        'macro_recall': 0.25, 'val_macro_recall': 0.4,
+    }  # fmt: skip
+    assert [axes.get_ylabel() for axes in panels] == ['loss', 'accuracy', 'macro recall']
+    assert panels[-1].get_xlabel() == over
 
 
 def test_curves_and_samples_are_pictures(folder):

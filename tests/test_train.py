@@ -1,19 +1,25 @@
+import contextlib
 import csv
 import io
 import json
 import math
+import shutil
 import tarfile
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from conftest import draw_character
+from PIL import Image
 
 import melnyk_net
 import train
 from data_utils import LABELS
+from feed import Batch
 from gnt_reader import write_gnt
-from train import Plateau, Recipe, TrainingError, area_weights, carry_weights, cosine, plateau
+from run_folder import FIELDS, Picture
+from train import KeptSamples, Plateau, Recipe, TrainingError, area_weights, carry_weights, cosine, plateau
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +77,21 @@ def curve(folder):
     return [{k: v for k, v in row.items() if k not in ('seconds', 'images_per_second')} for row in log(folder)]
 
 
+@contextlib.contextmanager
+def stopped_after(steps, monkeypatch):
+    """Let a run end by Ctrl-C when it begins the step after so many."""
+    original, left = train.TrainingModel.train_on_batch, iter(range(steps))
+
+    def until_stopped(self, *args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingModel, 'train_on_batch', until_stopped)
+        yield
+
+
 def assert_same_curve(folder, other):
     rows, others = curve(folder), curve(other)
     assert len(rows) == len(others) > 3
@@ -115,23 +136,322 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_curve(gnt, tmp_path, m
     arguments = ('--gnt', gnt, '--val-writers', 1, '--epochs', 4, '--learning-rate', 0.02, '--save-minutes', 0)
     train.train(*options(*arguments, '--out', tmp_path / 'whole'))
 
-    original, steps = train.TrainingModel.train_on_batch, iter(range(10))
-
-    def until_stopped(self, *args, **kwargs):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(train.TrainingModel, 'train_on_batch', until_stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(10, monkeypatch), pytest.raises(KeyboardInterrupt):
         train.train(*options(*arguments, '--out', tmp_path / 'parts'))
-    monkeypatch.setattr(train.TrainingModel, 'train_on_batch', original)
     assert len(log(tmp_path / 'parts')) < len(log(tmp_path / 'whole'))
     assert train.main(['--resume', str(tmp_path / 'parts')]) == 0
     assert_same_curve(tmp_path / 'parts', tmp_path / 'whole')
+    assert all(0 < float(row['macro_recall']) <= 1 for row in log(tmp_path / 'parts'))
     # And once more, when there is nothing left to do.
     assert train.main(['--resume', str(tmp_path / 'parts')]) == 0
     assert_same_curve(tmp_path / 'parts', tmp_path / 'whole')
+
+
+def test_a_run_of_an_older_version_goes_on(gnt, tmp_path, monkeypatch):
+    arguments = ('--gnt', gnt, '--val-writers', 1, '--epochs', 3, '--learning-rate', 0.02, '--save-minutes', 0)
+    train.train(*options(*arguments, '--out', tmp_path / 'whole'))
+    with stopped_after(8, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train.train(*options(*arguments, '--out', tmp_path / 'parts'))
+    file = tmp_path / 'parts' / 'config.json'
+    config = json.loads(file.read_text())
+    for newer in ('images', 'images_share', 'classes', 'keep', 'strokes'):
+        del config['options'][newer]
+    del config['recipe']['schedule']
+    config['options']['augment'] = False
+    file.write_text(json.dumps(config))
+    file = tmp_path / 'parts' / 'log.csv'
+    rows = log(tmp_path / 'parts')
+    older = [name for name in FIELDS if 'macro' not in name]
+    with file.open('w') as stream:
+        writer = csv.DictWriter(stream, older, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(rows)
+    assert train.main(['--resume', str(tmp_path / 'parts')]) == 0
+    for row in log(tmp_path / 'parts')[: len(rows)]:
+        assert row['macro_recall'] == row['val_macro_recall'] == ''
+    strip = [name for name in older if name not in ('seconds', 'images_per_second')]
+    got, wanted = ([[row[name] for name in strip] for row in log(tmp_path / run)] for run in ('parts', 'whole'))
+    assert [[float(v or 0) for v in row] for row in got] == [
+        pytest.approx([float(v or 0) for v in row], rel=2e-3, abs=2e-4) for row in wanted
+    ]
+
+
+@pytest.mark.parametrize('content', ['{}', '[]', '{"options": {}, "recipe": {"epochs": 1, "batch_size": 2, "new": 3}}'])
+def test_a_run_of_another_kind_is_not_gone_on_with(content, tmp_path, capsys):
+    (tmp_path / 'config.json').write_text(content)
+    assert train.main(['--resume', str(tmp_path)]) == 1
+    assert 'config.json is damaged, or of a newer version' in capsys.readouterr().err
+
+
+def test_a_run_is_refused_at_once_where_another_lies(tmp_path, capsys):
+    (tmp_path / 'config.json').write_text('{}')
+    assert train.main(['--gnt', 'nowhere', '--out', str(tmp_path)]) == 1
+    assert f'{tmp_path} holds a run' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('architecture', ['mobilenet_v3_small', 'mobilenet_v3_large'])
+def test_the_other_architectures_train_and_say_what_they_are(architecture, gnt, tmp_path):
+    arguments = ['--gnt', gnt, '--architecture', architecture, '--smoke', '--epochs', 1, '--limit', 32]
+    assert train.main([str(a) for a in (*arguments, '--out', tmp_path / 'run')]) == 0
+    rows = log(tmp_path / 'run')
+    assert math.isfinite(float(rows[-1]['val_loss']))
+    model, info = melnyk_net.load_model(tmp_path / 'run' / 'last.h5')
+    assert info.architecture == model.name == architecture
+    assert info.labels == LABELS
+    assert model.input_shape == (None, 48, 48, 1)
+
+
+def test_weights_of_another_architecture_are_refused_in_one_line(gnt, tmp_path, capsys):
+    melnyk_net.save_model(melnyk_net.melnyk_net((48, 48, 1)), tmp_path / 'melnyk.h5')
+    arguments = ['--gnt', gnt, '--architecture', 'mobilenet_v3_small', '--init', tmp_path / 'melnyk.h5']
+    for more, message in ((), 'add --architecture melnyk_net'), (('--freeze', 2), '--freeze counts the convolutions'):
+        assert train.main([str(a) for a in (*arguments, *more, '--out', tmp_path / 'run', *SMALL)]) == 1
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert '\n' not in error
+    assert not (tmp_path / 'run').exists()
+
+
+# --- Samples that are kept -------------------------------------------------------------------------------------------
+
+
+def kept_batch(step):
+    """A batch of four whose numbers tell which sample is which."""
+    numbers = np.arange(4 * step, 4 * step + 4)
+    images = np.zeros((4, 96, 96), np.uint8) + numbers[:, None, None].astype(np.uint8)
+    return Batch(images, numbers.astype(np.int32), numbers % 3 > 0), numbers[:, None] + np.array([[0.0, 0.5, -1e6]])
+
+
+def test_kept_samples_come_once_a_pass_with_their_answers(tmp_path):
+    kept = KeptSamples(tmp_path, 22, 4, 3, seed=1, exists=False)
+    assert kept.steps == 5  # whole batches
+    for step in range(5):
+        kept.write(step, *kept_batch(step))
+    again = KeptSamples(tmp_path, 22, 4, 3, seed=1, exists=True)
+    orders = []
+    for number in (1, 2, 3):
+        labels = []
+        for step in range(5 * number, 5 * number + 5):
+            (images, numbers, trusted), logits = again.read(step)
+            assert images.shape == (4, 96, 96)
+            assert (images[:, 5, 5] == numbers).all()
+            assert (trusted == (numbers % 3 > 0)).all()
+            np.testing.assert_array_equal(logits[:, :2], numbers[:, None] + np.array([[0.0, 0.5]]))
+            assert (logits[:, 2] == np.float16(-6e4)).all()  # a finite number
+            np.testing.assert_array_equal(kept.read(step)[0].labels, numbers)
+            labels += numbers.tolist()
+        assert sorted(labels) == list(range(20))
+        orders.append(labels)
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize('name', ['images', 'labels', 'trusted', 'logits'])
+def test_kept_samples_that_are_gone_are_missed(name, tmp_path):
+    KeptSamples(tmp_path, 8, 4, 3, seed=1, exists=False)
+    file = tmp_path / f'kept_{name}.npy'
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])  # cut short
+    with pytest.raises(TrainingError, match=r'are gone .*; start a new run'):
+        KeptSamples(tmp_path, 8, 4, 3, seed=1, exists=True)
+    file.unlink()
+    with pytest.raises(TrainingError, match=r'are gone .*; start a new run'):
+        KeptSamples(tmp_path, 8, 4, 3, seed=1, exists=True)
+    np.save(file, np.zeros(3))  # another run's
+    with pytest.raises(TrainingError, match='of another run'):
+        KeptSamples(tmp_path, 8, 4, 3, seed=1, exists=True)
+
+
+def test_samples_are_not_kept_where_there_is_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 10**6}))
+    with pytest.raises(TrainingError, match=r'--keep 200 takes 0\.0 GB, and 0\.0 are free'):
+        KeptSamples(tmp_path / 'run', 200, 4, 3, seed=1, exists=False)
+    with pytest.raises(TrainingError, match='--keep 3 is less than a batch of 4'):
+        KeptSamples(tmp_path / 'run', 3, 4, 3, seed=1, exists=False)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """A teacher whose answer depends on where the ink is."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((96, 96, 1))
+    x = keras.layers.Flatten()(keras.layers.AveragePooling2D(24)(inputs))
+    outputs = keras.layers.Dense(len(LABELS), kernel_initializer=keras.initializers.RandomNormal(stddev=0.1))(x)
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.keras'
+    keras.Model(inputs, outputs).save(path)
+    return path
+
+
+def test_a_run_asks_once_and_goes_on_wherever_it_stopped(material, teacher, tmp_path, monkeypatch, capsys):
+    arguments = ['--drawn', material, '--teacher', teacher, '--keep', 70, '--samples', 144, '--save-minutes', 0]
+    arguments += ['--val-samples', 16, '--validate-every', 96, '--learning-rate', 0.01, '--warmup', 2]
+    asked, ask = [], train.ask
+    monkeypatch.setattr(train, 'ask', lambda *args: asked.append(1) or ask(*args))
+    train.train(*options(*arguments, '--out', tmp_path / 'whole'))
+    assert len(asked) == 4  # of nine steps: 64 samples are kept
+    with stopped_after(3, monkeypatch), pytest.raises(KeyboardInterrupt):  # in the first pass
+        train.train(*options(*arguments, '--out', tmp_path / 'parts'))
+    with stopped_after(5, monkeypatch), pytest.raises(KeyboardInterrupt):  # in the second one
+        train.train(*train.parse(['--resume', str(tmp_path / 'parts')]))
+    assert train.RunFolder(tmp_path / 'parts').load_state()[1]['step'] == 6
+    assert train.main(['--resume', str(tmp_path / 'parts')]) == 0
+    assert_same_curve(tmp_path / 'parts', tmp_path / 'whole')
+
+    capsys.readouterr()
+    (tmp_path / 'parts' / 'kept_logits.npy').unlink()
+    assert train.main(['--resume', str(tmp_path / 'parts')]) == 1
+    error = capsys.readouterr().err.strip()
+    assert 'the samples that the run kept are gone' in error
+    assert '\n' not in error
+
+
+# --- Pictures of one's own -------------------------------------------------------------------------------------------
+
+
+def write_pictures(folder, counts):
+    """Write so many pictures of each character, with a hand of their own."""
+    for k, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            page = np.rot90(draw_character(40 + i, width=0.04 + 0.01 * i), k)
+            Image.fromarray(page).save(folder / name / f'{i}.png')
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = write_pictures(tmp_path / 'mine', {'中': 8, '龘': 8, 'A': 1})
+    (folder / '中' / 'broken.png').write_bytes(b'no picture')
+    Image.new('L', (30, 30), 255).save(folder / '中' / 'blank.png')
+    Image.fromarray(draw_character(30)).save(folder / 'scan.png')
+    return folder
+
+
+def test_a_few_characters_of_ones_own_make_a_network_of_exactly_these(pictures, tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'run'
+    melnyk_net.save_model(melnyk_net.melnyk_net((96, 96, 1)), tmp_path / 'all.h5')
+    arguments = ['--images', pictures, '--init', tmp_path / 'all.h5', '--epochs', 4, '--out', out]
+    assert train.main([str(a) for a in (*arguments, *SMALL)]) == 0
+    said = capsys.readouterr().err
+    assert '17 pictures of 3: 中A龘; 13 to learn from, 4 to measure with' in said
+    for name in ('broken.png: not an image', 'blank.png: nothing is written', 'scan.png: neither its folder'):
+        assert f'{name}' in said
+    table = train.RunFolder(out).pictures()
+    assert sorted(row.use for row in table if row.character)[-17:].count('training') == 13
+    assert {Path(row.file).name for row in table if row.use not in ('training', 'validation')} == {
+        *('broken.png', 'blank.png', 'scan.png'),
+    }
+    for character in '中龘':
+        assert sum(row == Picture(row.file, character, 'validation') for row in table) == 2
+    config = json.loads((out / 'config.json').read_text())
+    assert config['recipe']['learning_rate'] == train.OWN.learning_rate
+    rows = log(out)
+    assert [row['epoch'] for row in rows if row['val_macro_recall']] == ['1.000', '2.000', '3.000', '4.000']
+    assert all(float(row['macro_recall']) >= 0 for row in rows)
+
+    model, info = melnyk_net.load_model(out / 'best.h5')
+    assert info.labels == ('中', 'A', '龘')
+    assert model.output_shape == (None, 3)
+    assert "pictures of the user's own" in info.note
+
+    # The other programs take it as it is.
+    import evaluate
+    import main as program
+
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([str(pictures), '--model', str(out / 'best.h5')]) == 0
+    assert 'samples 17' in capsys.readouterr().out
+    picture = str(pictures / '龘' / '0.png')
+    assert program.main([picture, '--model', str(out / 'best.h5'), '--format', 'json', '-n', '5']) == 0
+    candidates = json.loads(capsys.readouterr().out)['candidates']
+    assert {candidate['character'] for candidate in candidates} == set('中A龘')
+
+
+def test_a_run_on_pictures_goes_on_with_the_same_ones(tmp_path, monkeypatch):
+    folder = write_pictures(tmp_path / 'mine', {'中': 12, '国': 12})
+    arguments = ('--images', folder, '--epochs', 5, '--save-minutes', 0, '--learning-rate', 0.001)
+    train.train(*options(*arguments, '--out', tmp_path / 'whole'))
+    with stopped_after(3, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train.train(*options(*arguments, '--out', tmp_path / 'parts'))
+    write_pictures(tmp_path / 'mine' / 'more', {'永': 3})
+    Image.fromarray(draw_character(70)).save(folder / '中' / '0a.png')
+    assert train.main(['--resume', str(tmp_path / 'parts')]) == 0
+    assert_same_curve(tmp_path / 'parts', tmp_path / 'whole')
+    assert melnyk_net.load_model(tmp_path / 'parts' / 'last.h5')[1].labels == ('国', '中')
+
+
+def test_pictures_beside_other_sources_or_on_demand_keep_all_characters(gnt, material, tmp_path, capsys):
+    folder = write_pictures(tmp_path / 'mine', {'中': 6, '龘': 2})
+    for arguments in (('--classes', 'all'), ('--gnt', gnt), ('--drawn', material), ('--gnt', gnt, '--drawn', material)):
+        settings, recipe = options('--images', folder, *arguments, '--seed', 1)
+        data = train.prepare_data(settings)
+        assert data.labels == LABELS
+        assert 'not one of the 3755 characters' in capsys.readouterr().err
+        assert bool(data.epoch_samples) == bool(recipe.epochs) or '--drawn' in arguments
+        labels = data.source.batch(range(16)).labels
+        own = (labels == LABELS.index('中')).sum()
+        assert own == (16 if '--classes' in arguments else 8)
+        assert LABELS.index('中') in data.validation.labels
+    shares = ('--gnt', gnt, '--val-writers', 1, '--images-share', 0.2)
+    data = train.prepare_data(options('--images', folder, *shares)[0])
+    assert data.epoch_samples == 100  # a pass over 80 scans
+
+
+def test_other_pictures_can_be_measured_with(tmp_path, capsys):
+    mine = write_pictures(tmp_path / 'mine', {'中': 4, '国': 4})
+    test = write_pictures(tmp_path / 'test', {'中': 2, '国': 2, '永': 2})
+    data = train.prepare_data(options('--images', mine, '--validate', test)[0])
+    assert len(data.source) == 8
+    assert data.validation.labels.tolist() == [1, 1, 0, 0]
+    assert data.labels == ('国', '中')
+    few = train.prepare_data(options('--images', mine, '--validate', test, '--limit', 2)[0])
+    assert sorted(few.source.labels) == [0, 1]
+    shutil.copy(test / '中' / '0.png', test / '中' / 'C001-f-f_0.png')
+    capsys.readouterr()
+    assert train.main(['--images', str(mine), '--validate', str(test), '--out', str(tmp_path / 'run')]) == 1
+    assert 'competition' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('counts', 'message'),
+    [
+        ({'中': 5}, '5 picture(s) of 1 character(s) among 5 found'),
+        ({'scans': 2}, '0 picture(s) of 0 character(s) among 2 found'),
+        ({'中': 1, '国': 1}, 'no character has two pictures'),
+    ],
+)
+def test_too_few_pictures_are_refused_in_one_line(counts, message, tmp_path, capsys):
+    folder = write_pictures(tmp_path / 'mine', counts)
+    assert train.main(['--images', str(folder), '--out', str(tmp_path / 'run'), '--workers', '1']) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_recipe_for_pictures_depends_on_where_it_starts():
+    assert train.parse(['--images', 'x', '--init', 'y.h5'])[1] == train.OWN
+    assert train.parse(['--images', 'x'])[1] == train.OWN_FROM_NOTHING
+    assert train.parse(['--images', 'x', '--drawn', 'y'])[1] == train.DRAWN
+    assert train.parse(['--images', 'x', '--gnt', 'y'])[1] == train.PAPER
+
+
+def test_what_both_networks_know_is_carried_over():
+    rng = np.random.default_rng(0)
+    source = melnyk_net.melnyk_net((48, 48, 1), num_classes=5)
+    target = melnyk_net.melnyk_net((48, 48, 1), num_classes=3)
+    source.set_weights([rng.normal(size=w.shape) for w in source.get_weights()])
+    fresh = target.get_layer('dense_1').get_weights()
+    carry_weights(source, target, train.shared_classes('一二三人口', '口龘二'))
+    old, new = (model.get_layer('dense_1').get_weights() for model in (source, target))
+    for theirs, ours, before in zip(old, new, fresh, strict=True):
+        np.testing.assert_array_equal(ours[..., [0, 2]], theirs[..., [4, 1]].astype(np.float32))
+        np.testing.assert_array_equal(ours[..., 1], before[..., 1])
+    for layer in ('conv2d_3', 'batch_normalization_2', 'global_weighted_average_pooling2d_1'):
+        for theirs, ours in zip(*(model.get_layer(layer).get_weights() for model in (source, target)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert train.shared_classes(LABELS, tuple(LABELS)) is None
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
 
 
 def test_a_teacher_teaches_drawn_samples_whatever_their_label(material, tmp_path):
@@ -228,6 +548,13 @@ def test_what_cannot_start_says_why_in_one_line(arguments, message, tmp_path, mo
         (('--gnt', 'x', '--process', '1'), '--process is 0'),
         (('--gnt', 'x', '--freeze', '2'), '--init'),
         (('--gnt', 'x', '--size', '50'), 'invalid choice'),
+        (('--gnt', 'x', '--classes', 'own'), '--images alone'),
+        (('--images', 'x', '--drawn', 'y', '--classes', 'own'), '--images alone'),
+        (('--gnt', 'x', '--keep', '100'), '--keep is for drawn samples'),
+        (('--drawn', 'x', '--keep', '100'), '--keep is for drawn samples'),
+        (('--drawn', 'x', '--teacher', 'y', '--gnt', 'z', '--keep', '100'), '--keep is for drawn samples'),
+        (('--drawn', 'x', '--teacher', 'y', '--images', 'z', '--keep', '100'), '--keep is for drawn samples'),
+        (('--drawn', 'x', '--teacher', 'y', '--coordinator', 'z:1', '--keep', '100'), 'on one machine'),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
@@ -309,7 +636,7 @@ def test_weights_carry_over_to_another_size_and_pooling(kinds):
     np.testing.assert_allclose(pooled[0], pooled[1], rtol=1e-4)
 
 
-def test_weights_of_another_number_of_classes_do_not_fit():
+def test_weights_of_another_number_of_classes_do_not_fit_without_labels():
     models = [melnyk_net.melnyk_net((48, 48, 1), num_classes=n) for n in (5, 6)]
     with pytest.raises(TrainingError, match='dense_1'):
         carry_weights(*models)
@@ -334,16 +661,18 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
         tmp_path / 't.keras'
     )
     with pytest.raises(TrainingError, match='gives 3755 logits; this one reads'):
-        train.load_teacher(tmp_path / 't.keras', 3755, 'float32')
+        train.load_teacher(tmp_path / 't.keras', LABELS, 'float32')
     (tmp_path / 'broken.keras').write_bytes(b'no model')
     with pytest.raises(TrainingError, match='not a teacher'):
-        train.load_teacher(tmp_path / 'broken.keras', 3755, 'float32')
+        train.load_teacher(tmp_path / 'broken.keras', LABELS, 'float32')
 
 
 def test_our_own_model_teaches_by_its_logits(tmp_path):
     model = melnyk_net.melnyk_net((48, 48, 1), num_classes=5)
     melnyk_net.save_model(model, tmp_path / 'own.h5', labels='一二三人口')
-    teacher = train.load_teacher(tmp_path / 'own.h5', 5, 'float32')
+    with pytest.raises(TrainingError, match='knows the same characters; this one knows 5: 一二三人口'):
+        train.load_teacher(tmp_path / 'own.h5', '一二三人中', 'float32')
+    teacher = train.load_teacher(tmp_path / 'own.h5', '一二三人口', 'float32')
     image = np.random.default_rng(0).integers(0, 256, (1, 48, 48, 1)).astype(np.float32)
     logits = np.asarray(teacher(image))
     np.testing.assert_allclose(np.asarray(keras.ops.softmax(logits)), np.asarray(model(image)), rtol=1e-4)
@@ -351,13 +680,19 @@ def test_our_own_model_teaches_by_its_logits(tmp_path):
 
 def test_validation_counts_every_sample_once_whatever_the_batch(gnt):
     settings, recipe = options('--gnt', gnt)
-    model = train.build(settings, recipe)
+    model, _ = train.build(settings, recipe)
     rng = np.random.default_rng(0)
-    samples = train.Batch(rng.integers(0, 256, (21, 96, 96), np.uint8), rng.integers(0, 3755, 21), np.ones(21, bool))
-    logits = np.asarray(model(samples.images))
+    images = rng.integers(0, 256, (21, 96, 96), np.uint8)
+    logits = np.asarray(model(images))
+    labels = rng.integers(0, 6, 21)
+    labels[:7] = logits[:7].argmax(1)  # some are right
+    samples = train.Batch(images, labels, np.ones(21, bool))
+    right = logits.argmax(1) == labels
+    recall = np.mean([right[labels == c].mean() for c in np.unique(labels)])
     place = (logits > logits[np.arange(21), samples.labels][:, None]).sum(1)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     for batch_size in (16, 21, 32):
         measured = train.validate(model, samples, batch_size, (0, batch_size))
         assert measured['val_top5'] == pytest.approx((place < 5).mean(), abs=1e-6)
         assert measured['val_loss'] == pytest.approx(-log_probabilities[np.arange(21), samples.labels].mean(), rel=1e-4)
+        assert measured['val_macro_recall'] == pytest.approx(recall, abs=1e-6)
