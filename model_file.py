@@ -13,11 +13,14 @@ import importlib.util
 import io
 import json
 import math
+import mmap
 import os
+import re
 import stat
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -218,6 +221,8 @@ def opened(path) -> Iterator['ModelFile']:
         with open(path, 'rb') as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ModelFileError(path, 'not an HDF5 file')
+            if not _has_sound_heaps(file):
+                raise ModelFileError(path, 'damaged HDF5 file (a heap of texts)', 'copy or download it again')
         with h5py.File(path, 'r') as file:
             yield ModelFile(path, file)
     except ModelFileError:
@@ -226,6 +231,43 @@ def opened(path) -> Iterator['ModelFile']:
         raise ModelFileError(path, 'no permission to read it') from error
     except Exception as error:  # the HDF5 library raises nearly anything on damaged data
         raise ModelFileError(path, f'damaged HDF5 file ({error})', 'copy or download it again') from error
+
+
+# Section III.E of the HDF5 file format: signature and version 1; then 3 bytes, the length of the whole, and objects:
+# number, references, 4 bytes, length of the text, which is padded to 8 bytes.
+_HEAP = re.compile(b'GCOL\x01')
+_HEAP_LENGTH = struct.Struct('<8xQ')
+_HEAP_OBJECT = struct.Struct('<H6xQ')
+_MIN_HEAP = 4096  # of fewer bytes none is
+
+
+def _has_sound_heaps(file: BinaryIO) -> bool:
+    """Return whether each global heap of an HDF5 file comes to an end.
+
+    The HDF5 library, 1.14.6 for one, goes round for ever in a heap with an object that takes no room.
+    """
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # Addresses and lengths of 8 bytes, as everybody writes them; where that is said depends on the version.
+        sizes = content[13:15] if content[8:9] < b'\x02' else content[9:11]
+        if sizes != b'\x08\x08':
+            return False
+        for match in _HEAP.finditer(content):
+            place = match.start()
+            if place + _HEAP_LENGTH.size > len(content):
+                continue
+            (length,) = _HEAP_LENGTH.unpack_from(content, place)
+            if not _MIN_HEAP <= length <= len(content) - place:
+                continue  # the library refuses it, too; or it is no heap but the numbers of a weight
+            end = place + length
+            place += _HEAP_LENGTH.size
+            while end - place >= _HEAP_OBJECT.size:
+                number, size = _HEAP_OBJECT.unpack_from(content, place)
+                # Object 0 is the room that is left, its own head included.
+                taken = _HEAP_OBJECT.size + -(-size // 8) * 8 if number else size
+                if not _HEAP_OBJECT.size <= taken <= end - place:
+                    return False
+                place += taken
+    return True
 
 
 class ModelFile:
@@ -265,7 +307,8 @@ class ModelFile:
 
     def refuse_other_layers(self, expected: Iterable[str]) -> None:
         """Raise `ModelFileError` if the file holds a layer that the network has not."""
-        strange = sorted(set(self._root) - set(expected) - {'top_level_model_weights'})
+        # A name that is no text is given as bytes.
+        strange = sorted(map(str, set(self._root) - set(expected) - {'top_level_model_weights'}))
         if strange:
             raise ModelFileError(self._path, f'it has layers that the network has not: {", ".join(strange[:3])}')
 

@@ -1,6 +1,7 @@
 """What several test modules share: pages with writing on them, and a small network."""
 
 import os
+import signal
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('MPLBACKEND', 'Agg')
@@ -13,6 +14,10 @@ from PIL import Image, ImageDraw
 def pytest_addoption(parser):
     parser.addoption('--kills', type=int, default=2, help='how often a training run is killed (default: 2)')
 
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # 中 as strokes in a box of 100: two sides, top, bottom, and the upright through them.
 STROKES = (((18, 30), (22, 68)), ((18, 30), (84, 27), (80, 64)), ((22, 66), (80, 63)), ((50, 5), (51, 96)))

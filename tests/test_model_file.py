@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 
+import model_file
 from data_utils import LABELS
 from melnyk_net import load_model
 from model_file import ModelFileError
@@ -89,6 +90,7 @@ HOSTILE = {
     'missing layer': (lambda f: f.__delitem__('model_weights/conv2d_3'), 'missing'),
     'missing classifier': (lambda f: f.__delitem__('model_weights/dense_1'), 'does not hold'),
     'another layer': (lambda f: f.create_group('model_weights/lambda_1'), 'lambda_1'),
+    'another layer whose name is no text': (lambda f: f.create_group(b'model_weights/\xff\xfe'), 'layers that'),
     'no label table': (lambda f: f.attrs.__delitem__('offline_hccr'), 'no label table'),
     'pickled label table': (lambda f: f.attrs.__setitem__('offline_hccr', np.void(b'\x80\x04N.')), 'description'),
     'an array for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', ['{}', '{}']), 'description'),
@@ -128,6 +130,27 @@ def repeated_label_table(path, small_file):
     data[place : place + 16 * 2000] = data[place : place + 16] * 2000
     path.write_bytes(data)
     return path
+
+
+@pytest.mark.parametrize(
+    ('number', 'size'), [(0, 0), (0, 8), (1, 2**64 - 16), (1, 2**40)], ids=['empty', 'short', 'wraps', 'beyond']
+)
+def test_a_heap_of_texts_without_an_end_is_refused(tmp_path, number, size):
+    """The HDF5 library would go round in it for ever."""
+    path = tmp_path / 'a.h5'
+    with h5py.File(path, 'w') as file:
+        file.attrs['offline_hccr'] = 'a text of its own'
+    data = bytearray(path.read_bytes())
+    place = data.index(b'GCOL') + 16
+    data[place : place + 16] = struct.pack('<H6xQ', number, size)
+    path.write_bytes(data)
+
+    def read():
+        with model_file.opened(path):
+            pass
+
+    with pytest.raises(ModelFileError, match='heap of texts'):
+        read()
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='what a process takes is measured otherwise there')
