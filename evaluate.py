@@ -581,7 +581,7 @@ def evaluate(options: argparse.Namespace) -> None:
         from melnyk_net import save_model
 
         note = recogniser.info.note
-        save_model(recogniser.model, options.fit_temperature, labels, recogniser.temperature, note)
+        save_model(recogniser.model, options.fit_temperature, labels, recogniser.temperature, note, options.half)
         print(f'saved with this temperature: {options.fit_temperature}')
     about = {'model': str(options.model), 'data': options.data}
     write_report(Path(options.out), answers, gallery, labels, about, precisions)
@@ -796,6 +796,9 @@ def parser() -> argparse.ArgumentParser:
         const='',
         metavar='FILE.h5',
         help='find the temperature that calibrates the model on this data, and save the model with it',
+    )
+    p.add_argument(
+        '--half', action='store_true', help='with --fit-temperature FILE.h5: kernels in float16, half the size'
     )
     p.add_argument(
         '--papers',
