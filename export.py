@@ -24,7 +24,7 @@ from inference import Outputs, inference_network, operation_inputs
 from model_file import ModelInfo, describe
 
 FORMATS = ('.tflite', '.onnx')
-CALIBRATION_SAMPLES = 400
+CALIBRATION_SAMPLES = 1000
 # Half of what one channel's range exceeds another's by goes to the activation, half to the next kernel.
 EQUALISATION = 0.5
 
@@ -289,11 +289,13 @@ def calibration_images(sources: Sequence[str], count: int, size: int) -> np.ndar
     Raises:
         ExportError, ValueError, OSError: If there is nothing.
     """
-    from handwriting import Material, MaterialError, sample_batch
+    from handwriting import DrawingOptions, Material, MaterialError, sample_batch
 
     if len(sources) == 1 and Path(sources[0]).is_dir():
         with contextlib.suppress(MaterialError):
-            return sample_batch(Material.load(Path(sources[0])), 0, range(count), size=size)[0]
+            # Whole characters as they are written: what is spliced and distorted would widen the ranges.
+            options = DrawingOptions(splice=0, distort=0)
+            return sample_batch(Material.load(Path(sources[0])), 0, range(count), options, size)[0]
     from evaluate import iterate_samples
 
     chunks = [chunk.images for chunk in iterate_samples(sources, size)]

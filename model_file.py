@@ -278,9 +278,13 @@ class ModelFile:
     """
 
     def __init__(self, path: Path, file: 'h5py.File'):
+        import h5py
+
         self._path = path
         # Keras 2 writes a weights-only file without the outer group.
         self._root = self._member(file, 'model_weights') if 'model_weights' in file else file
+        if not isinstance(self._root, h5py.Group):
+            raise ModelFileError(path, 'its weights are not in layers')
         pooling = next((kind for kind, name in POOLING_NAMES.items() if name in self._root), None)
         if pooling is None or 'dense_1' not in self._root:
             raise ModelFileError(path, 'it does not hold a network of this project with its classifier')
@@ -289,9 +293,11 @@ class ModelFile:
             raise ModelFileError(path, f'a classifier of {num_classes:,} classes')
 
         if _ATTRIBUTE in file.attrs:
-            # An array may say the same megabyte many times over, in a small file.
-            if file.attrs.get_id(_ATTRIBUTE).shape != ():
-                raise ModelFileError(path, 'its description is damaged (an array)')
+            # An array may say the same megabyte many times over, in a small file; and of a list that is no text, the
+            # HDF5 library believes whatever length and type the file gives it, and crashes.
+            description = file.attrs.get_id(_ATTRIBUTE)
+            if description.shape != () or not isinstance(description.get_type(), h5py.h5t.TypeStringID):
+                raise ModelFileError(path, 'its description is damaged (not a text)')
             text = file.attrs[_ATTRIBUTE]
             if isinstance(text, str) and len(text) > _MAX_DESCRIPTION:
                 raise ModelFileError(path, 'a description that is too long')
@@ -343,6 +349,8 @@ class ModelFile:
         import h5py
 
         group = self._member(self._member(self._root, layer), layer)
+        if not isinstance(group, h5py.Group):
+            raise ModelFileError(self._path, f'{layer} is not a layer')
         # Keras 2 wrote TensorFlow's names, `kernel:0`.
         dataset = self._member(group, name if name in group else f'{name}:0')
         if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:

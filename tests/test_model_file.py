@@ -64,6 +64,12 @@ def virtual_dataset(file):
     file.create_virtual_dataset(f'model_weights/{BIAS}', layout)
 
 
+def list_for_text(file):
+    numbers = np.empty((), object)
+    numbers[()] = np.array([1, 2], 'i4')
+    file.attrs.create('offline_hccr', numbers, dtype=h5py.vlen_dtype(np.int32))
+
+
 HOSTILE = {
     'external link': (external_link, 'missing, or a link'),
     'soft link': (soft_link, 'missing, or a link'),
@@ -87,6 +93,11 @@ HOSTILE = {
         lambda f: (f.__delitem__(f'model_weights/{BIAS}'), f.create_group(f'model_weights/{BIAS}')),
         'dense_1',
     ),
+    'a weight for a layer': (lambda f: replaced(f, 'dense_1/dense_1', data=np.zeros((2, 2), 'f4')), 'not a layer'),
+    'a weight for all layers': (
+        lambda f: (f.__delitem__('model_weights'), f.create_dataset('model_weights', data=np.zeros((2, 2), 'f4'))),
+        'not in layers',
+    ),
     'missing layer': (lambda f: f.__delitem__('model_weights/conv2d_3'), 'missing'),
     'missing classifier': (lambda f: f.__delitem__('model_weights/dense_1'), 'does not hold'),
     'another layer': (lambda f: f.create_group('model_weights/lambda_1'), 'lambda_1'),
@@ -95,6 +106,7 @@ HOSTILE = {
     'pickled label table': (lambda f: f.attrs.__setitem__('offline_hccr', np.void(b'\x80\x04N.')), 'description'),
     'an array for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', ['{}', '{}']), 'description'),
     'a book for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', ' ' * 2**21), 'description'),
+    'a list for a label table': (list_for_text, 'not a text'),
     'a number for a label table': (lambda f: f.attrs.__setitem__('offline_hccr', 1.0), 'description'),
     'a label table nested deeply': (lambda f: f.attrs.__setitem__('offline_hccr', '[' * 60_000), 'description'),
     'too few labels': (lambda f: described(f, labels='一二'), '2 labels'),
@@ -115,6 +127,17 @@ def test_hostile_files_are_refused(tmp_path, small_file, case):
     with pytest.raises(ModelFileError, match=reason) as refusal:
         load_model(path)
     assert str(path) in str(refusal.value)
+
+
+def test_a_text_that_is_said_to_be_a_list_does_not_crash_the_library(tmp_path, small_file):
+    """Found by fuzzing: HDF5 1.14.6 ends the process with a segmentation fault when it reads this."""
+    data = bytearray(small_file.read_bytes())
+    # The type of the description: class 9, a list of variable length; 1 says of text, 11 of nothing that there is.
+    place = data.index(b'offline_hccr\0\0\0\0\x19\x01') + 17
+    data[place] = 0xAB
+    (tmp_path / 'a.h5').write_bytes(data)
+    with pytest.raises(ModelFileError, match='not a text'):
+        load_model(tmp_path / 'a.h5')
 
 
 def repeated_label_table(path, small_file):
