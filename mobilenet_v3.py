@@ -1,4 +1,4 @@
-"""MobileNetV3 for handwritten characters: a tenth of Melnyk-Net's computation, at some cost in accuracy.
+"""MobileNetV3 for handwritten characters: a hundredth of Melnyk-Net's multiplications, at some cost in accuracy.
 
 The trunk is Keras' own (A. Howard et al., "Searching for MobileNetV3", ICCV 2019: depthwise convolutions, squeeze and
 excitation, h-swish). Its classifier is replaced by Melnyk-Net's, global weighted average pooling and one dense layer,
