@@ -22,7 +22,7 @@ from keras import layers
 from data_utils import LABELS, written_aside
 from mobilenet_v3 import mobilenet_v3
 from model_file import DEFAULT_MODEL, ModelFileError, ModelInfo, describe, opened
-from pooling import POOLINGS
+from pooling import POOLINGS, classifier
 
 # Filters of the 3×3 convolutions. Average pooling halves the map between the groups: 96 → 48 → 24 → 12 → 6.
 FILTER_GROUPS = ((64, 64), (96, 64, 96), (128, 96, 128), (256, 192, 256), (448, 256, 448))
@@ -101,14 +101,7 @@ def melnyk_net(
     x = pooling(name=pooling_name)(x)
     x = layers.Dropout(dropout, name='dropout_1')(x)
     if include_top:
-        x = layers.Dense(
-            num_classes,
-            activation='softmax',
-            kernel_initializer=keras.initializers.RandomNormal(stddev=1e-3, seed=1996),
-            kernel_regularizer=regularizer,
-            dtype='float32',  # probabilities of 3755 classes need more digits than bfloat16 has
-            name='dense_1',
-        )(x)
+        x = classifier(num_classes, regularizer)(x)
     model = keras.Model(image, x, name='melnyk_net')
     if use_pretrained_weights:
         pretrained, _ = load_model(DEFAULT_MODEL)

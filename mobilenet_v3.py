@@ -10,7 +10,7 @@ from collections import Counter
 import keras
 from keras import layers
 
-from pooling import POOLINGS
+from pooling import POOLINGS, classifier
 
 SIZES = ('small', 'large')
 
@@ -85,12 +85,5 @@ def mobilenet_v3(
     pooling_name, pooling = POOLINGS[global_average_type]
     x = pooling(name=pooling_name)(trunk.output)
     x = layers.Dropout(dropout, name='dropout_1')(x)
-    x = layers.Dense(
-        num_classes,
-        activation='softmax',
-        kernel_initializer=keras.initializers.RandomNormal(stddev=1e-3, seed=1996),
-        kernel_regularizer=regularizer,
-        dtype='float32',  # probabilities of 3755 classes need more digits than bfloat16 has
-        name='dense_1',
-    )(x)
+    x = classifier(num_classes, regularizer)(x)
     return keras.Model(image, x, name=f'mobilenet_v3_{size}')

@@ -137,3 +137,15 @@ class WeightedFeatures(layers.Layer):
         else:
             weighted = features * self._weight
         return weighted, ops.sum(weighted, axis=(1, 2))
+
+
+def classifier(num_classes: int, regularizer=None) -> layers.Dense:
+    """Return the softmax layer that follows the pooling of every network of this project, as the paper begins it."""
+    return layers.Dense(
+        num_classes,
+        activation='softmax',
+        kernel_initializer=keras.initializers.RandomNormal(stddev=1e-3, seed=1996),
+        kernel_regularizer=regularizer,
+        dtype='float32',  # probabilities of 3755 classes need more digits than bfloat16 has
+        name='dense_1',
+    )
