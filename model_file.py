@@ -20,7 +20,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -221,8 +221,11 @@ def opened(path) -> Iterator['ModelFile']:
         with open(path, 'rb') as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise ModelFileError(path, 'not an HDF5 file')
-            if not _has_sound_heaps(file):
-                raise ModelFileError(path, 'damaged HDF5 file (a heap of texts)', 'copy or download it again')
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if not _has_sound_heaps(content):
+                    raise ModelFileError(path, 'damaged HDF5 file (a heap of texts)', 'copy or download it again')
+                if not _has_short_description(content):
+                    raise ModelFileError(path, 'a description that is too long')
         with h5py.File(path, 'r') as file:
             yield ModelFile(path, file)
     except ModelFileError:
@@ -241,32 +244,59 @@ _HEAP_OBJECT = struct.Struct('<H6xQ')
 _MIN_HEAP = 4096  # of fewer bytes none is
 
 
-def _has_sound_heaps(file: BinaryIO) -> bool:
+def _has_sound_heaps(content: mmap.mmap) -> bool:
     """Return whether each global heap of an HDF5 file comes to an end.
 
     The HDF5 library, 1.14.6 for one, goes round for ever in a heap with an object that takes no room.
     """
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # Addresses and lengths of 8 bytes, as everybody writes them; where that is said depends on the version.
-        sizes = content[13:15] if content[8:9] < b'\x02' else content[9:11]
-        if sizes != b'\x08\x08':
-            return False
-        for match in _HEAP.finditer(content):
-            place = match.start()
-            if place + _HEAP_LENGTH.size > len(content):
+    # Addresses and lengths of 8 bytes, as everybody writes them; where that is said depends on the version.
+    sizes = content[13:15] if content[8:9] < b'\x02' else content[9:11]
+    if sizes != b'\x08\x08':
+        return False
+    for match in _HEAP.finditer(content):
+        place = match.start()
+        if place + _HEAP_LENGTH.size > len(content):
+            continue
+        (length,) = _HEAP_LENGTH.unpack_from(content, place)
+        if not _MIN_HEAP <= length <= len(content) - place:
+            continue  # the library refuses it, too; or it is no heap but the numbers of a weight
+        end = place + length
+        place += _HEAP_LENGTH.size
+        while end - place >= _HEAP_OBJECT.size:
+            number, size = _HEAP_OBJECT.unpack_from(content, place)
+            # Object 0 is the room that is left, its own head included.
+            taken = _HEAP_OBJECT.size + -(-size // 8) * 8 if number else size
+            if not _HEAP_OBJECT.size <= taken <= end - place:
+                return False
+            place += taken
+    return True
+
+
+# Section IV.A.2.m: version, 1 byte, sizes of name, type and space; in version 3 one byte more. In version 1 each of the
+# three is padded to 8 bytes. A text of variable length is said to be that long before it is looked for in a heap.
+_NAME_OF_DESCRIPTION = re.compile(re.escape(_ATTRIBUTE.encode()) + b'\x00')
+_MESSAGE = struct.Struct('<BxHHH')
+_VARIABLE_LENGTH = 9  # class of a type
+
+
+def _has_short_description(content: mmap.mmap) -> bool:
+    """Return whether no description of an HDF5 file is said to be longer than any is.
+
+    The HDF5 library takes as much memory as the file says, up to 4 GB, before it looks whether there is such a text.
+    """
+    for match in _NAME_OF_DESCRIPTION.finditer(content):
+        name = match.start()
+        for version, start in ((1, name - 8), (2, name - 8), (3, name - 9)):
+            if start < 0 or content[start] != version:
                 continue
-            (length,) = _HEAP_LENGTH.unpack_from(content, place)
-            if not _MIN_HEAP <= length <= len(content) - place:
-                continue  # the library refuses it, too; or it is no heap but the numbers of a weight
-            end = place + length
-            place += _HEAP_LENGTH.size
-            while end - place >= _HEAP_OBJECT.size:
-                number, size = _HEAP_OBJECT.unpack_from(content, place)
-                # Object 0 is the room that is left, its own head included.
-                taken = _HEAP_OBJECT.size + -(-size // 8) * 8 if number else size
-                if not _HEAP_OBJECT.size <= taken <= end - place:
-                    return False
-                place += taken
+            _, *sizes = _MESSAGE.unpack_from(content, start)
+            if version == 1:
+                sizes = [-(-size // 8) * 8 for size in sizes]
+            kind, data = name + sizes[0], name + sum(sizes)
+            if data + 4 > len(content) or content[kind] & 15 != _VARIABLE_LENGTH:
+                continue
+            if int.from_bytes(content[data : data + 4], 'little') > _MAX_DESCRIPTION:
+                return False
     return True
 
 
@@ -296,8 +326,11 @@ class ModelFile:
             # An array may say the same megabyte many times over, in a small file; and of a list that is no text, the
             # HDF5 library believes whatever length and type the file gives it, and crashes.
             description = file.attrs.get_id(_ATTRIBUTE)
-            if description.shape != () or not isinstance(description.get_type(), h5py.h5t.TypeStringID):
+            kind = description.get_type()
+            if description.shape != () or not isinstance(kind, h5py.h5t.TypeStringID):
                 raise ModelFileError(path, 'its description is damaged (not a text)')
+            if kind.get_size() > _MAX_DESCRIPTION:
+                raise ModelFileError(path, 'a description that is too long')
             text = file.attrs[_ATTRIBUTE]
             if isinstance(text, str) and len(text) > _MAX_DESCRIPTION:
                 raise ModelFileError(path, 'a description that is too long')

@@ -140,6 +140,20 @@ def test_a_text_that_is_said_to_be_a_list_does_not_crash_the_library(tmp_path, s
         load_model(tmp_path / 'a.h5')
 
 
+@pytest.mark.parametrize('libver', ['earliest', 'latest'])
+def test_a_text_that_is_said_to_be_long_takes_no_memory(tmp_path, libver):
+    """Found by fuzzing: HDF5 takes the gigabytes that 20 KB speak of before it looks for them."""
+    path, text = tmp_path / 'a.h5', 'x' * 1234
+    with h5py.File(path, 'w', libver=libver) as file:
+        file.attrs['offline_hccr'] = text
+    data = bytearray(path.read_bytes())
+    place = data.index(struct.pack('<I', len(text)), data.index(b'offline_hccr'))
+    data[place : place + 4] = struct.pack('<I', 2**31)
+    path.write_bytes(data)
+    with pytest.raises(ModelFileError, match='too long'):
+        load_model(path)
+
+
 def repeated_label_table(path, small_file):
     """A description that is an array of 2,000 texts, all of them the same megabyte of the file."""
     text = 'z' * 2**20
