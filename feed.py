@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -79,8 +79,41 @@ def _material(folder: Path, strokes: str | None):
     return handwriting.Material.load(folder, strokes)
 
 
+class _Passes:
+    """What the sources of a given set share: they go through it pass after pass, each pass in a new order."""
+
+    # Orders are kept for one pass, and left out when a source is pickled, like whatever else is cached.
+    @cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def __getstate__(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        images, labels = zip(*(self._sample(int(i)) for i in indices), strict=True)
+        return Batch(np.stack(images), np.array(labels, np.int32), np.ones(len(images), bool))
+
+    def _sample(self, number: int) -> tuple[np.ndarray, int]:
+        epoch, place = divmod(number, len(self))
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(np.random.default_rng([self.seed, epoch]))
+        position = int(self._orders[epoch][place])
+        image = self._image(position)
+        if self.augment:
+            image = augmented(image, np.random.default_rng([self.seed, number]))
+        return image, int(self._labels[position])
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        raise NotImplementedError
+
+    def _image(self, position: int) -> np.ndarray:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class GntSource:
+class GntSource(_Passes):
     """Scanned samples of GNT files, pass after pass, each pass in a new order.
 
     Args:
@@ -102,38 +135,22 @@ class GntSource:
     def _labels(self) -> np.ndarray:
         return self.index.labels()
 
-    @cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        return {}
-
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict:
-        return {'index': self.index, 'seed': self.seed, 'augment': self.augment}
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        return self.index.shuffled(rng)
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        images, labels = zip(*(self._sample(int(i)) for i in indices), strict=True)
-        return Batch(np.stack(images), np.array(labels, np.int32), np.ones(len(images), bool))
-
-    def _sample(self, number: int) -> tuple[np.ndarray, int]:
-        epoch, place = divmod(number, len(self.index))
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = self.index.shuffled(np.random.default_rng([self.seed, epoch]))
-        position = int(self._orders[epoch][place])
+    def _image(self, position: int) -> np.ndarray:
         try:
             # Scans have white paper: the last two steps of what a user's picture goes through are enough.
-            image = fit(crop_to_ink(self._reader[position].image))
+            return fit(crop_to_ink(self._reader[position].image))
         except NoInkError:  # a blank record keeps its place, so that the numbers of the others stay
-            image = np.zeros((96, 96), np.uint8)
-        if self.augment:
-            image = augmented(image, np.random.default_rng([self.seed, number]))
-        return image, int(self._labels[position])
+            return np.zeros((96, 96), np.uint8)
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class ImageSource(_Passes):
     """Pictures of single characters, pass after pass, each pass in a new order.
 
     Each is prepared as a user's picture is (`data_utils.network_input`), by whoever asks for it: the files stay as they
@@ -151,36 +168,24 @@ class ImageSource:
     seed: int = 0
     augment: bool = False
 
-    @cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        return {}
-
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getstate__(self) -> dict:
-        return {'files': self.files, 'labels': self.labels, 'seed': self.seed, 'augment': self.augment}
+    @property
+    def _labels(self) -> np.ndarray:
+        return self.labels
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        images, labels = zip(*(self._sample(int(i)) for i in indices), strict=True)
-        return Batch(np.stack(images), np.array(labels, np.int32), np.ones(len(images), bool))
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self.files))
 
-    def _sample(self, number: int) -> tuple[np.ndarray, int]:
-        epoch, place = divmod(number, len(self.files))
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
-        position = int(self._orders[epoch][place])
+    def _image(self, position: int) -> np.ndarray:
         try:
-            image = prepared_picture(self.files[position])
+            return prepared_picture(self.files[position])
         except ImageError as error:
             raise FeedError(
                 f'{printable(self.files[position])}: {error}; it could be read when the run began, so put it back, '
                 'or start a new run without it'
             ) from error
-        if self.augment:
-            image = augmented(image, np.random.default_rng([self.seed, number]))
-        return image, int(self.labels[position])
 
 
 # 75 MB a process. A photograph takes a hundred times as long to prepare as its sample takes to augment, so that the
