@@ -437,14 +437,16 @@ def _resolve(
 
 
 def _records(members: Iterable[GntMember], level1_only: bool, report: ErrorHandler) -> Iterator[GntRecord]:
-    begin = HEADER.size
+    begin, gray = HEADER.size, np.dtype(np.uint8)
     for member in members:
-        for pixels, start, offset, tag, width, height in _walk(member, report):
+        for window, start, offset, tag, width, height in _walk(member, report):
             tag_code, character, is_level1 = _decode_tag(tag)
             if is_level1 or not level1_only:
-                # A copy: the window under it is about to be filled anew.
-                image = np.ndarray((height, width), np.uint8, pixels, start + begin).copy()
-                yield GntRecord(character, tag_code, image, offset)
+                # Cut out, as the window is about to be filled anew. A slice of a bytearray is the cheapest copy there
+                # is, and one that may be written to.
+                first = start + begin
+                pixels = window[first : first + width * height]
+                yield GntRecord(character, tag_code, np.ndarray((height, width), gray, pixels), offset)
 
 
 def _problem(size: int, width: int, height: int, left: int) -> str:
@@ -461,7 +463,7 @@ def _problem(size: int, width: int, height: int, left: int) -> str:
     return ''
 
 
-def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[np.ndarray, int, int, bytes, int, int]]:
+def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[bytearray, int, int, bytes, int, int]]:
     """Walks over the sound records of one file.
 
     Yields (window, start, offset, tag, width, height): the record begins at window[start], and there only until the
@@ -475,7 +477,7 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[np.ndarray,
             return
         unpack = HEADER.unpack_from
         header, member_size, largest = HEADER.size, member.size, HEADER.size + MAX_PIXELS
-        window = np.empty(min(_WINDOW, member_size + 1), np.uint8)
+        window = bytearray(min(_WINDOW, member_size + 1))
         start = end = offset = 0
         number = 1
         while True:
@@ -510,14 +512,14 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[np.ndarray,
             number += 1
 
 
-def _refill(stream: BinaryIO, window: np.ndarray, start: int, end: int, needed: int) -> tuple[np.ndarray, int, str]:
+def _refill(stream: BinaryIO, window: bytearray, start: int, end: int, needed: int) -> tuple[bytearray, int, str]:
     """Moves the unread bytes to the front and reads on until `needed` are there.
 
     Returns the window (a larger one where it must be), how many bytes it holds (fewer than `needed` where the file
     ends) and, where reading failed, why.
     """
     kept = end - start
-    larger = window if needed <= len(window) else np.empty(needed, np.uint8)
+    larger = window if needed <= len(window) else bytearray(needed)
     larger[:kept] = window[start:end]
     view = memoryview(larger)
     while kept < needed:
@@ -532,8 +534,8 @@ def _refill(stream: BinaryIO, window: np.ndarray, start: int, end: int, needed: 
 
 
 def _resynchronise(
-    stream: BinaryIO, window: np.ndarray, start: int, end: int, left: int
-) -> tuple[np.ndarray, int, int, int]:
+    stream: BinaryIO, window: bytearray, start: int, end: int, left: int
+) -> tuple[bytearray, int, int, int]:
     """Finds how long a damaged record is, if either its size field or its sides still tell.
 
     They are believed only if a sound header, or the end of the file, stands where they point. Returns the window, its
@@ -569,15 +571,15 @@ def _opened(member: GntMember) -> Iterator[BinaryIO]:
             yield stream
 
 
-def _cut_short(member: GntMember, number: int, offset: int, rest: np.ndarray, failure: str) -> GntError:
-    if number == 1 and not failure and (foreign := _foreign(rest.tobytes())):
+def _cut_short(member: GntMember, number: int, offset: int, rest: bytearray, failure: str) -> GntError:
+    if number == 1 and not failure and (foreign := _foreign(bytes(rest))):
         return GntError(foreign[0], member, next_step=foreign[1])
     reason = failure or f'only {len(rest):,} bytes are left for it: the file is cut short'
     return GntError(reason, member, number, offset, _FETCH_AGAIN)
 
 
-def _report_foreign(member: GntMember, head: np.ndarray, problem: str, report: ErrorHandler) -> None:
-    foreign = _foreign(head[:1024].tobytes())
+def _report_foreign(member: GntMember, head: bytearray, problem: str, report: ErrorHandler) -> None:
+    foreign = _foreign(bytes(head[:1024]))
     if foreign:
         report(GntError(foreign[0], member, next_step=foreign[1]))
     else:
