@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -58,17 +58,23 @@ class DrawnSource:
         seed: number of the endless set.
         trusted_only: whether every sample is to show what its label says; without a teacher it has to.
         strokes: more stroke skeletons, see `handwriting.Material.load`.
+        stroke_share: share drawn from strokes, 0..1, the rest from fonts; None for `handwriting`'s own.
     """
 
     folder: Path
     seed: int = 0
     trusted_only: bool = False
     strokes: str | None = None
+    stroke_share: float | None = None
 
     def batch(self, indices: Sequence[int]) -> Batch:
         import handwriting
 
-        options = handwriting.DrawingOptions(splice=0, distort=0) if self.trusted_only else None
+        options = handwriting.DrawingOptions()
+        if self.trusted_only:
+            options = replace(options, splice=0, distort=0)
+        if self.stroke_share is not None:
+            options = replace(options, stroke_share=self.stroke_share)
         return Batch(*handwriting.sample_batch(_material(self.folder, self.strokes), self.seed, indices, options))
 
 

@@ -494,7 +494,9 @@ def prepare_data(options: argparse.Namespace) -> Data:
             held_out.append(GntSource(others.select(np.sort(chosen))).batch(range(len(chosen))))
     if options.drawn:
         # Without a teacher, only samples that their label describes.
-        drawn = DrawnSource(Path(options.drawn), options.seed, not options.teacher, options.strokes)
+        drawn = DrawnSource(
+            Path(options.drawn), options.seed, not options.teacher, options.strokes, options.stroke_share
+        )
         sources = [MixedSource(*sources, drawn, share=options.gnt_share)] if sources else [drawn]
         passes /= options.gnt_share
     if options.images:
@@ -1116,11 +1118,17 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument('--strokes', metavar='FILE', help="a running hand's strokes beside the material, see handwriting.py")
     g.add_argument(
-        '--gnt-share', type=_share, default=0.5, help='share of scanned samples where both are given (default: 0.5)'
+        '--stroke-share',
+        type=_share,
+        metavar='SHARE',
+        help='share of drawn samples that come from strokes, the rest from fonts (0..1; default: 0.6)',
+    )
+    g.add_argument(
+        '--gnt-share', type=_part, default=0.5, help='share of scanned samples where both are given (default: 0.5)'
     )
     g.add_argument(
         '--images-share',
-        type=_share,
+        type=_part,
         default=0.5,
         help='share of pictures beside --gnt or --drawn (default: 0.5)',
     )
@@ -1208,7 +1216,14 @@ def _share(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1:
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'a number from 0 to 1 is expected, received {text!r}')
+    return value
+
+
+def _part(text: str) -> float:
+    value = _share(text)
+    if value in (0, 1):
         raise argparse.ArgumentTypeError(f'a number between 0 and 1 is expected, received {text!r}')
     return value
 

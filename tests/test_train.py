@@ -13,6 +13,7 @@ import pytest
 from conftest import draw_character
 from PIL import Image
 
+import handwriting
 import melnyk_net
 import train
 from data_utils import LABELS
@@ -485,6 +486,24 @@ def test_a_teacher_teaches_drawn_samples_whatever_their_label(material, tmp_path
     assert 'drawn handwriting, taught by teacher.keras' in info.note
 
 
+def test_drawings_come_from_strokes_and_fonts_as_asked(material, monkeypatch):
+    asked = []
+
+    def sample_batch(material, seed, indices, options):
+        asked.append(options)
+        return np.zeros((len(indices), 96, 96), np.uint8), np.zeros(len(indices), np.int32), np.ones(len(indices), bool)
+
+    monkeypatch.setattr(handwriting, 'sample_batch', sample_batch)
+    for share in ((), ('--stroke-share', 0.25), ('--stroke-share', 1), ('--stroke-share', 0)):
+        asked.clear()
+        settings, _ = options('--drawn', material, *share)
+        train.prepare_data(settings).source.batch([0])
+        assert len(asked) == 2  # samples to measure with, and the one
+        assert all(
+            one.stroke_share == (share[1] if share else handwriting.DEFAULT_OPTIONS.stroke_share) for one in asked
+        )
+
+
 def test_both_sources_mix_in_half_precision_from_other_weights(gnt, material, tmp_path):
     first = tmp_path / 'first'
     pages = np.stack([draw_character(60, width=0.04 + 0.02 * k) for k in range(5)])
@@ -544,7 +563,9 @@ def test_what_cannot_start_says_why_in_one_line(arguments, message, tmp_path, mo
     [
         ((), 'what to learn from'),
         (('--gnt', 'x', '--batch-size', '0'), 'at least 1'),
-        (('--gnt', 'x', '--gnt-share', '1.5'), 'between 0 and 1'),
+        (('--gnt', 'x', '--gnt-share', '1.5'), 'from 0 to 1'),
+        (('--gnt', 'x', '--gnt-share', '1'), 'between 0 and 1'),
+        (('--drawn', 'x', '--stroke-share', 'all'), 'from 0 to 1'),
         (('--gnt', 'x', '--process', '1'), '--process is 0'),
         (('--gnt', 'x', '--freeze', '2'), '--init'),
         (('--gnt', 'x', '--size', '50'), 'invalid choice'),
