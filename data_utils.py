@@ -13,6 +13,7 @@ import math
 import os
 import re
 import threading
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -92,8 +93,9 @@ def code_point(character: str) -> str:
 
 # What Pillow may open here: nothing that starts another program (EPS) or that needs a plug-in.
 FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')
+# The last three, a phone's, cannot be read; but a folder's user should be told.
 SUFFIXES = frozenset(
-    '.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp .pgm .ppm .pbm .pnm'.split()  # noqa: SIM905
+    '.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp .pgm .ppm .pbm .pnm .heic .heif .avif'.split()  # noqa: SIM905
 )
 
 
@@ -272,9 +274,22 @@ def open_image(path: str | os.PathLike, reduced: bool = False) -> np.ndarray:
     except PermissionError as error:
         raise ImageError('no permission to read the file') from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f'not an image in a known format ({", ".join(FORMATS)})') from error
+        raise ImageError(_why_unknown(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise ImageError(f'damaged image: {str(error) or type(error).__name__}') from error
+
+
+def _why_unknown(path: str | os.PathLike) -> str:
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        # The box that ISO base media files begin with, as a phone's photos do (ISO/IEC 23008-12).
+        if file.read(12)[4:8] == b'ftyp':
+            return 'a photo in HEIC or AVIF format: save it as JPEG'
+    return f'not an image in a known format ({", ".join(FORMATS)})'
+
+
+def expect_large_pictures() -> None:
+    """Silence Pillow's warning of pictures that `open_image` refuses in words of its own. It is for programs."""
+    warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
 # Decoding takes ten bytes a pixel and more, so pictures of more pixels than this are decoded one at a time.
@@ -814,7 +829,10 @@ def network_input(image: np.ndarray, crop: bool = True, size: int = 96) -> np.nd
 
     Raises:
         NoInkError: If nothing is written on the page.
+        ValueError: If it is no such array.
     """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(f'a picture is a uint8 array (height, width[, 3]), received {image.dtype} {image.shape}')
     if not image.size:
         raise NoInkError('the image is empty')
     if not crop:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data_utils import code_point, written_aside
 
@@ -20,6 +21,9 @@ CJK_FONTS = [
 
 _OVERVIEW_COLUMNS = 8
 OVERVIEW_SIZE = 12 * _OVERVIEW_COLUMNS
+
+# Written into every figure, so that a later run knows which pictures it may replace.
+_SOFTWARE = 'offline-hccr'
 
 
 @functools.cache
@@ -122,7 +126,29 @@ def save(figure, path: Path) -> None:
 
     FigureCanvasAgg(figure)
     with written_aside(path) as aside:
-        figure.savefig(aside, format='png', dpi=100)
+        figure.savefig(aside, format='png', dpi=100, metadata={'Software': _SOFTWARE})
+
+
+def may_replace(path: Path) -> bool:
+    """Return whether a figure may be saved here: where nothing is, or a figure that `save` wrote."""
+    try:
+        with Image.open(path, formats=['PNG']) as picture:
+            return picture.info.get('Software') == _SOFTWARE
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):  # no PNG, or a damaged one
+        return False
+
+
+def can_show() -> bool:
+    """Return whether matplotlib can open windows here, for which it needs a display and a toolkit, Tk for example."""
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(1, 1))
+    try:
+        return figure.canvas.required_interactive_framework is not None
+    finally:
+        pyplot.close(figure)
 
 
 def show(figures: Iterable) -> None:

@@ -2,8 +2,9 @@
 
 Everything that recognises goes through `HCCR`: the dialogue, the command line and the evaluation.
 
+    from data_utils import find_images
     from hccr import HCCR
-    for reading in HCCR().read(['images']):
+    for reading in HCCR().read(find_images(['images'])):
         print(reading.path, reading.candidates)
 """
 
@@ -79,7 +80,8 @@ class HCCR:
     Raises:
         FileNotFoundError, model_file.ModelFileError: If the model file is missing or not what it should be, or what
             runs it is not installed.
-        ValueError: If the labels do not fit the network, or it does not read square gray images.
+        ValueError: If the labels do not fit the network, if it does not read square gray images, or if the
+            temperature is not above 0.
 
     Example:
 
@@ -101,6 +103,8 @@ class HCCR:
         self.labels = tuple(labels)
         self.temperature = 1.0 if temperature is None else float(temperature)
         self.crop = crop
+        if not 0 < self.temperature < np.inf:
+            raise ValueError(f'temperature is a number above 0, received {temperature!r}')
         if len(self.labels) != self.runtime.num_classes:
             raise ValueError(f'{len(self.labels)} labels do not fit a network of {self.runtime.num_classes} classes')
         self._characters = np.array(self.labels)
@@ -138,8 +142,7 @@ class HCCR:
         Raises:
             ValueError: If an argument is none of the above.
         """
-        if not 1 <= num_predictions <= len(self.labels):
-            raise ValueError(f'num_predictions is 1 to {len(self.labels)}, received {num_predictions}')
+        self._check_count(num_predictions)
         data = self._checked(data)
         probabilities, maps = self._run(data, with_maps=plot_cam)
         best = _best(probabilities, num_predictions)
@@ -170,11 +173,17 @@ class HCCR:
 
         Returns:
             float32 array of shape `(images, classes)`; each row sums to 1.
+
+        Raises:
+            ValueError: If the inputs have another shape or other values.
         """
         return self._run(self._checked(inputs), with_maps=False)[0]
 
     def read(
-        self, paths: Iterable[str | os.PathLike | np.ndarray], num_predictions=5, with_images=False
+        self,
+        paths: str | os.PathLike | np.ndarray | Iterable[str | os.PathLike | np.ndarray],
+        num_predictions=5,
+        with_images=False,
     ) -> Iterator[Reading]:
         """Recognise image files, in their order and in bounded memory.
 
@@ -182,15 +191,24 @@ class HCCR:
         and does not stop the others.
 
         Args:
-            paths: Image files; `data_utils.find_images` finds them in folders. A picture that is open already, as
-                `data_utils.open_image` returns it, is read as its file would be; its reading has an empty path.
-            num_predictions: How many candidates for each image. Defaults to `5`.
+            paths: Image files, or one; `data_utils.find_images` finds them in folders. A picture that is open already,
+                as `data_utils.open_image` returns it, is read as its file would be; its reading has an empty path.
+            num_predictions: How many candidates for each image, 1 to the number of classes. Defaults to `5`.
             with_images: Whether readings carry the picture, the network input and the activation map. Defaults to
                 `False`.
 
-        Yields:
-            One `Reading` for each path.
+        Returns:
+            An iterator of one `Reading` for each path.
+
+        Raises:
+            ValueError: At once if `num_predictions` is none of the above; while reading, if a picture that is open is
+                not of uint8 or has another shape.
         """
+        self._check_count(num_predictions)
+        one = isinstance(paths, str | os.PathLike | np.ndarray)
+        return self._read([paths] if one else paths, num_predictions, with_images)
+
+    def _read(self, paths, num_predictions: int, with_images: bool) -> Iterator[Reading]:
         # The first answers come alone and soon, the later ones in the batches that the network is fastest with. It has
         # a thread of its own, so that it works on the next of these while the answers to the last are written.
         sizes = iter(BATCH_SIZES)
@@ -251,12 +269,22 @@ class HCCR:
             readings.append(reading)
         return readings
 
+    def _check_count(self, num_predictions: int) -> None:
+        if not 1 <= num_predictions <= len(self.labels):
+            raise ValueError(f'num_predictions is 1 to {len(self.labels)}, received {num_predictions}')
+
     def _checked(self, inputs) -> np.ndarray:
         inputs = np.asarray(inputs)
         shape = self.runtime.input_shape[:2]
         if inputs.ndim not in (3, 4) or inputs.shape[1:3] != shape or inputs.shape[3:] not in ((), (1,)):
             expected = f'(images, {shape[0]}, {shape[1]}[, 1])'
             raise ValueError(f'network inputs have the shape {expected}, received {inputs.shape}')
+        # A network answers to anything, with confidence even to what was scaled otherwise.
+        low, high = (inputs.min(), inputs.max()) if inputs.size else (0, 0)
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f'network inputs have values 0..255, received {low} to {high}')
+        if 0 < high <= 1:
+            raise ValueError(f'network inputs have values 0..255, received {high} at most: multiply by 255?')
         return inputs.reshape(len(inputs), *shape)
 
     def _run(self, inputs: np.ndarray, with_maps: bool) -> tuple[np.ndarray, np.ndarray | None]:

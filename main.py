@@ -35,6 +35,9 @@ DEFAULT_CANDIDATES = 5
 # More windows than this at once help nobody; --plot FOLDER saves every figure.
 MAX_WINDOWS = 10
 
+NO_WINDOWS = (
+    'matplotlib finds no way to open a window (on Debian, apt install python3-tk helps); --plot FOLDER saves figures'
+)
 NO_MATPLOTLIB = 'figures are drawn by matplotlib, which is not installed: pip install matplotlib'
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 130
@@ -223,15 +226,20 @@ class Plotter:
     Args:
         plot: `'show'`, `'off'` or a folder.
         with_overview: Whether an overview of all images is drawn too.
+        paths: The images that are read.
+
+    Raises:
+        OSError, ValueError: If the figures cannot lie in that folder.
     """
 
-    def __init__(self, plot: str, with_overview: bool):
+    def __init__(self, plot: str, with_overview: bool, paths: Iterable[Path] = ()):
         self._plot, self._with_overview = plot, with_overview
         self._figures, self._entries = [], []
-        self._names = {'overview'}
+        self._names = set()
         self._pages = 0
         if plot not in ('show', 'off'):
-            Path(plot).mkdir(parents=True, exist_ok=True)
+            make_figure_folder(Path(plot), paths)
+            self._first_page = self._unused_name('overview')  # before an image of that name takes it
 
     @property
     def wants_images(self) -> bool:
@@ -267,6 +275,9 @@ class Plotter:
         if self._plot != 'show':
             print(f'Figures saved in {printable(self._plot)}', file=sys.stderr)
         elif self._figures:
+            if not figures.can_show():
+                print(f'No figures are shown: {NO_WINDOWS}', file=sys.stderr)
+                return
             print('Close the figures to go on.', file=sys.stderr)
             figures.show(self._figures)
 
@@ -279,17 +290,30 @@ class Plotter:
         if self._plot == 'show':
             self._figures.insert(self._pages - 1, figure)
         else:
-            # The first page has its name from the start, the others take one that no image has.
-            name = 'overview' if self._pages == 1 else self._unused_name('overview')
+            name = self._first_page if self._pages == 1 else self._unused_name('overview')
             figures.save(figure, Path(self._plot, f'{name}.png'))
 
     def _unused_name(self, stem: str) -> str:
+        """Return a name that nothing has but perhaps the figure of an earlier run."""
+        import figures
+
         name, number = stem, 1
-        while name in self._names:
+        while name.casefold() in self._names or not figures.may_replace(Path(self._plot, f'{name}.png')):
             number += 1
             name = f'{stem}-{number}'
-        self._names.add(name)
+        self._names.add(name.casefold())  # for some file systems A.png is a.png
         return name
+
+
+def make_figure_folder(folder: Path, paths: Iterable[Path]) -> None:
+    """Make the folder of the figures; refuse that of the images, where the next run would take them for images."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f'{folder}: this is a file; --plot takes a folder for the figures') from error
+    where = folder.resolve()
+    if any(parent.resolve() == where for parent in {path.parent for path in paths}):
+        raise ValueError(f'{folder}: images that are read lie here; figures need a folder of their own')
 
 
 def _overview_entry(reading):
@@ -305,8 +329,11 @@ def _overview_entry(reading):
 
 def answer(recogniser, paths: list[Path], count: int, format: str, plot: str, with_names: bool) -> list:
     """Recognise files, write and draw the answers, and return the readings that failed."""
+    from data_utils import expect_large_pictures
+
+    expect_large_pictures()
     failed = []
-    writer, plotter, progress = Writer(format, with_names), Plotter(plot, with_names), Progress(len(paths))
+    writer, plotter, progress = Writer(format, with_names), Plotter(plot, with_names, paths), Progress(len(paths))
     for reading in recogniser.read(paths, count, plotter.wants_images):
         writer.write(reading)
         plotter.add(reading)
@@ -421,6 +448,12 @@ def has_display() -> bool:
     if sys.platform.startswith(('win', 'darwin')):
         return True
     return bool(os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY'))
+
+
+def _windows_open() -> bool:
+    import figures
+
+    return figures.can_show()
 
 
 def recognise(loading: Loading, options: argparse.Namespace) -> int:
@@ -540,6 +573,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot == 'show' and not has_display():
         print('main.py: there is no display to show figures on; --plot FOLDER saves them', file=sys.stderr)
         return EXIT_ERROR
+    if options.plot == 'show' and not _windows_open():
+        print(f'main.py: {NO_WINDOWS}', file=sys.stderr)
+        return EXIT_ERROR
+    if options.model:
+        from model_file import check_regular
+
+        try:
+            check_regular(Path(options.model))  # before questions are asked for nothing
+        except (OSError, ValueError) as error:
+            return complain(error)
     loading = Loading(options.model, crop=not options.whole_page, precision=options.precision)
     try:
         status = recognise(loading, options) if options.sources else dialogue(loading, options.plot)
@@ -556,11 +599,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         if options.traceback:
             raise
-        from data_utils import printable
-
-        print(f'main.py: {printable(error)}', file=sys.stderr)
-        status = EXIT_ERROR
+        status = complain(error)
     return leave(status, loading)
+
+
+def complain(error: Exception) -> int:
+    """Say what is wrong, in one line, and return the exit status."""
+    from data_utils import printable
+
+    print(f'main.py: {printable(error)}', file=sys.stderr)
+    return EXIT_ERROR
 
 
 def leave(status: int, loading: Loading) -> int:

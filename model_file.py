@@ -220,6 +220,8 @@ def opened(path) -> Iterator['ModelFile']:
     try:
         with open(path, 'rb') as file:
             if file.read(len(_MAGIC)) != _MAGIC:
+                if path.suffix == '.onnx':
+                    raise ModelFileError(path, 'ONNX files are for other programs', 'use the .h5 or .tflite file')
                 raise ModelFileError(path, 'not an HDF5 file')
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if not _has_sound_heaps(content):

@@ -311,6 +311,7 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path):
     [
         (b'', 'known format'),
         (b'some text', 'known format'),
+        (b'\0\0\0\x18ftypheic\0\0\0\0', 'save it as JPEG'),
         (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'known format'),
         (bomb(30_000), 'too large'),
         (bomb(100), 'damaged'),

@@ -56,6 +56,17 @@ def test_a_font_without_the_characters_is_not_taken():
     assert not last_resort.exists() or not figures._has_characters(str(last_resort))
 
 
+def test_windows_need_a_toolkit(monkeypatch):
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    before = pyplot.get_backend()
+    pyplot.switch_backend('agg')
+    try:
+        assert not figures.can_show()
+        assert not pyplot.get_fignums()
+    finally:
+        pyplot.switch_backend(before)
+
+
 def test_save_leaves_the_old_file_where_it_fails(tmp_path):
     with pytest.raises(OSError):  # noqa: PT011 (the system's own words)
         figures.save(figures.overview_figure([(None, 'a', 'b')]), tmp_path / 'missing' / 'a.png')

@@ -70,6 +70,42 @@ def test_predict_refuses_shapes(recogniser, shape):
         recogniser.predict(np.zeros(shape))
 
 
+@pytest.mark.parametrize('change', [lambda x: x / 255.0, lambda x: x * 2.0, lambda x: x - 1.0, lambda x: x * np.nan])
+def test_predict_refuses_values(recogniser, inputs, change):
+    with pytest.raises(ValueError, match=r'0\.\.255'):
+        recogniser.predict(change(inputs.astype(np.float32)))
+    with pytest.raises(ValueError, match=r'0\.\.255'):
+        recogniser.probabilities(change(inputs.astype(np.float32)))
+
+
+@pytest.mark.parametrize('temperature', [0, -1, float('nan'), float('inf')])
+def test_temperatures_are_above_0(small_file, temperature):
+    with pytest.raises(ValueError, match='above 0'):
+        HCCR(small_file, temperature=temperature)
+
+
+def test_read_takes_one_file_or_picture_as_well(recogniser, tmp_path):
+    path = tmp_path / 'a.png'
+    Image.fromarray(draw_character()).save(path)
+    (expected,) = recogniser.read([path])
+    for source in (path, str(path), open_image(path), open_image(path)[..., 0]):
+        (reading,) = recogniser.read(source)
+        assert [candidate.character for candidate in reading.candidates] == [
+            candidate.character for candidate in expected.candidates
+        ]
+
+
+@pytest.mark.parametrize('count', [0, -1, 6])
+def test_read_refuses_counts_at_once(recogniser, count):
+    with pytest.raises(ValueError, match='num_predictions'):
+        recogniser.read([], count)
+
+
+def test_read_refuses_other_arrays_than_pictures(recogniser):
+    with pytest.raises(ValueError, match='uint8'):
+        list(recogniser.read([draw_character() / 255]))
+
+
 def test_labels_must_fit(small_model):
     with pytest.raises(ValueError, match='2 labels'):
         HCCR(small_model, '一二')

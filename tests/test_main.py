@@ -287,6 +287,53 @@ def test_figures_cannot_be_shown_without_a_display(folder, run, monkeypatch):
     assert '--plot FOLDER' in errors
 
 
+def test_figures_replace_those_of_an_earlier_run_and_nothing_else(folder, run, tmp_path):
+    figures = tmp_path / 'figures'
+    figures.mkdir()
+    (figures / '1.png').write_bytes((folder / '1.png').read_bytes())  # a picture of the user's
+    (figures / 'overview.png').write_bytes(b'notes')
+    for _ in range(2):
+        run(folder, '--plot', figures)
+        assert sorted(path.name for path in figures.iterdir()) == [
+            '1-2.png', '1.png', '10.png', 'overview-2.png', 'overview.png'
+        ]  # fmt: skip
+        assert (figures / '1.png').read_bytes() == (folder / '1.png').read_bytes()
+        assert (figures / 'overview.png').read_bytes() == b'notes'
+
+
+@pytest.mark.parametrize('sources', [['.'], ['1.png'], ['../scans/10.PNG']])
+def test_figures_do_not_lie_among_the_images(folder, run, monkeypatch, sources):
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    status, output, errors = run(*sources, '--plot', folder)
+    assert status == 1
+    assert output == ''
+    assert 'a folder of their own' in errors
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_figures_need_a_folder(folder, run, tmp_path):
+    (tmp_path / 'file').write_bytes(b'')
+    status, _, errors = run(folder, '--plot', tmp_path / 'file')
+    assert status == 1
+    assert 'this is a file' in errors
+
+
+def test_figures_cannot_be_shown_without_a_toolkit_for_windows(folder, run, monkeypatch, capsys):
+    import figures
+
+    monkeypatch.setattr(main, 'has_display', lambda: True)
+    monkeypatch.setattr(figures, 'can_show', lambda: False)
+    status, output, errors = run(folder, '--plot', 'show')
+    assert status == 1
+    assert output == ''
+    assert '--plot FOLDER' in errors
+    plotter = main.Plotter('show', with_overview=False)  # as in the dialogue, where nobody asked for windows
+    plotter._figures = ['a figure']
+    plotter.close()
+    assert '--plot FOLDER' in capsys.readouterr().err
+
+
 def test_files_of_one_name_get_figures_of_their_own(folder, run, tmp_path):
     other = tmp_path / 'other'
     other.mkdir()
@@ -307,6 +354,7 @@ def test_pages_of_the_overview_take_no_name_of_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, 'answer_figure', lambda *parts: 'answer')
     monkeypatch.setattr(figures, 'save', lambda figure, path: saved.append((figure, path.name)))
     plotter = main.Plotter(str(tmp_path), with_overview=True)
+    assert os.listdir(tmp_path) == []
     for stem in ('overview', 'a'):
         plotter.add(Reading(Path(f'{stem}.png'), (Candidate('一', 0.9),)))
     assert saved == [
