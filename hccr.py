@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_utils import ImageError, network_input, open_image
+from data_utils import ImageError, network_input, open_image, printable
 from inference import BATCH_SIZES, KerasRuntime, LiteRtRuntime, Runtime, activation_maps, enlarge, usable_cores
 from model_file import ModelFileError, ModelInfo, default_model
 
@@ -52,7 +52,8 @@ class Reading(NamedTuple):
     network_input: np.ndarray | None = None
     """uint8 `(96, 96)`, ink bright on 0; only if asked for."""
     activation_map: np.ndarray | None = None
-    """float32 `(96, 96)`, the class activation map of the best candidate; only if asked for."""
+    """float32 `(96, 96)`, the class activation map of the best candidate, relative to the mean over all classes: see
+    `inference.activation_maps`; only if asked for."""
 
     @property
     def is_sure(self) -> bool:
@@ -123,7 +124,7 @@ class HCCR:
             return
         height, width, _ = self.info.input_shape
         print(f'{self.info.architecture}: {height}×{width} pixels → {len(self.labels)} characters, run by LiteRT.')
-        print(self.info.note)
+        print(printable(self.info.note))
 
     def predict(self, data, num_predictions=5, verbose=0, plot_cam=False):
         """Recognise network inputs, as the original's method of this name does.
@@ -133,7 +134,8 @@ class HCCR:
                 `data_utils.network_input` of each image.
             num_predictions: How many candidates for each image, 1 to the number of classes. Defaults to `5`.
             verbose: Whether to print the candidates. Defaults to `0`.
-            plot_cam: Whether to show the class activation map of every image. Defaults to `False`.
+            plot_cam: Whether to show the class activation map of every image, relative to the mean over all classes.
+                Defaults to `False`.
 
         Returns:
             `(characters, scores)`, arrays of shape `(num_predictions, images)`: strings, and float32 probabilities
@@ -239,6 +241,8 @@ class HCCR:
                 return reading._replace(image=_thumbnail(picture)) if with_images else reading
             except ImageError as error:
                 return Reading(path, error=str(error))
+            except MemoryError:
+                return Reading(path, error='too large for the memory that is free: crop or scale it first')
 
         waiting: deque[Future] = deque()
         with ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix='decoding') as pool:

@@ -16,6 +16,7 @@ import shlex
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ DEFAULT_SOURCE = 'images'
 DEFAULT_CANDIDATES = 5
 # More windows than this at once help nobody; --plot FOLDER saves every figure.
 MAX_WINDOWS = 10
+# Bytes of a figure's name that come from its image's; file systems allow 255 with a number and a suffix.
+MAX_STEM = 200
 
 NO_WINDOWS = (
     'matplotlib finds no way to open a window (on Debian, apt install python3-tk helps); --plot FOLDER saves figures'
@@ -132,7 +135,7 @@ def parse_source(answer: str) -> tuple[bool, list[Path]]:
         except FileNotFoundError:
             continue
         if paths:
-            return Path(reading).expanduser().is_dir(), paths
+            return os.path.isdir(os.path.expanduser(reading)), paths
     raise AnswerError('Ooops... Image(s) not found :(')
 
 
@@ -225,21 +228,25 @@ class Plotter:
 
     Args:
         plot: `'show'`, `'off'` or a folder.
-        with_overview: Whether an overview of all images is drawn too.
-        paths: The images that are read.
-
-    Raises:
-        OSError, ValueError: If the figures cannot lie in that folder.
     """
 
-    def __init__(self, plot: str, with_overview: bool, paths: Iterable[Path] = ()):
-        self._plot, self._with_overview = plot, with_overview
-        self._figures, self._entries = [], []
-        self._names = set()
-        self._pages = 0
-        if plot not in ('show', 'off'):
-            make_figure_folder(Path(plot), paths)
+    def __init__(self, plot: str):
+        self._plot = plot
+        self._names = set()  # of a whole dialogue: a later answer replaces no earlier one
+
+    def begin(self, paths: list[Path]) -> list[Path]:
+        """Make ready for the answers to these images; return them without figures of earlier runs.
+
+        Raises:
+            OSError, ValueError: If the figures cannot lie in the folder that was asked for.
+        """
+        self._figures, self._pages, self._entries, self._left_out = [], [], [], 0
+        if self._plot not in ('show', 'off'):
+            paths = other_pictures(Path(self._plot), paths)
+        self._with_overview = len(paths) > 1
+        if self._with_overview and self._plot not in ('show', 'off'):
             self._first_page = self._unused_name('overview')  # before an image of that name takes it
+        return paths
 
     @property
     def wants_images(self) -> bool:
@@ -254,7 +261,10 @@ class Plotter:
             self._entries.append(_overview_entry(reading))
             if len(self._entries) == figures.OVERVIEW_SIZE:
                 self._finish_page()
-        if reading.error or (self._plot == 'show' and len(self._figures) >= MAX_WINDOWS):
+        if reading.error:
+            return
+        if self._plot == 'show' and len(self._figures) == MAX_WINDOWS:
+            self._left_out += 1
             return
         figure = figures.answer_figure(
             reading.image, reading.network_input, reading.activation_map, reading.candidates[0].character
@@ -274,46 +284,69 @@ class Plotter:
             self._finish_page()
         if self._plot != 'show':
             print(f'Figures saved in {printable(self._plot)}', file=sys.stderr)
-        elif self._figures:
+        elif self._figures or self._pages:
             if not figures.can_show():
                 print(f'No figures are shown: {NO_WINDOWS}', file=sys.stderr)
                 return
+            if self._left_out:
+                print(f'{self._left_out:,} more figures are not shown; --plot FOLDER saves all.', file=sys.stderr)
             print('Close the figures to go on.', file=sys.stderr)
-            figures.show(self._figures)
+            figures.show(self._pages + self._figures)
 
     def _finish_page(self) -> None:
         import figures
 
-        figure = figures.overview_figure(self._entries)
-        self._entries = []
-        self._pages += 1
+        entries, self._entries = self._entries, []
         if self._plot == 'show':
-            self._figures.insert(self._pages - 1, figure)
+            if len(self._pages) < MAX_WINDOWS:
+                self._pages.append(figures.overview_figure(entries))
+            else:
+                self._left_out += 1
         else:
-            name = self._first_page if self._pages == 1 else self._unused_name('overview')
-            figures.save(figure, Path(self._plot, f'{name}.png'))
+            name, self._first_page = self._first_page or self._unused_name('overview'), None
+            figures.save(figures.overview_figure(entries), Path(self._plot, f'{name}.png'))
 
     def _unused_name(self, stem: str) -> str:
         """Return a name that nothing has but perhaps the figure of an earlier run."""
         import figures
 
+        while len(os.fsencode(stem)) > MAX_STEM:
+            stem = stem[:-1]
         name, number = stem, 1
-        while name.casefold() in self._names or not figures.may_replace(Path(self._plot, f'{name}.png')):
+        while _folded(name) in self._names or not figures.may_replace(Path(self._plot, f'{name}.png')):
             number += 1
             name = f'{stem}-{number}'
-        self._names.add(name.casefold())  # for some file systems A.png is a.png
+        self._names.add(_folded(name))
         return name
 
 
-def make_figure_folder(folder: Path, paths: Iterable[Path]) -> None:
-    """Make the folder of the figures; refuse that of the images, where the next run would take them for images."""
+def _folded(name: str) -> str:
+    """Return what is the same for names that some file systems take for one: A and a, é in one code or in two."""
+    return unicodedata.normalize('NFC', name).casefold()
+
+
+def other_pictures(folder: Path, paths: list[Path]) -> list[Path]:
+    """Make the folder of the figures; return the images without the figures of earlier runs that lie there.
+
+    Raises:
+        ValueError: If other images lie there: figures would be among them, and be taken for images in the next run.
+    """
+    import figures
+    from data_utils import printable
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise ValueError(f'{folder}: this is a file; --plot takes a folder for the figures') from error
     where = folder.resolve()
-    if any(parent.resolve() == where for parent in {path.parent for path in paths}):
+    here = {parent for parent in {path.parent for path in paths} if parent.resolve() == where}
+    others = [path for path in paths if path.parent not in here or not figures.may_replace(path)]
+    if any(path.parent in here for path in others):
         raise ValueError(f'{folder}: images that are read lie here; figures need a folder of their own')
+    if len(others) < len(paths):
+        number = len(paths) - len(others)
+        print(f'{number:,} figures of earlier runs in {printable(folder)} are not read', file=sys.stderr)
+    return others
 
 
 def _overview_entry(reading):
@@ -327,13 +360,13 @@ def _overview_entry(reading):
     return reading.image, title, printable(reading.path.name)
 
 
-def answer(recogniser, paths: list[Path], count: int, format: str, plot: str, with_names: bool) -> list:
+def answer(recogniser, paths: list[Path], count: int, format: str, plotter: Plotter) -> list:
     """Recognise files, write and draw the answers, and return the readings that failed."""
     from data_utils import expect_large_pictures
 
     expect_large_pictures()
     failed = []
-    writer, plotter, progress = Writer(format, with_names), Plotter(plot, with_names, paths), Progress(len(paths))
+    writer, progress = Writer(format, with_names=len(paths) > 1), Progress(len(paths))
     for reading in recogniser.read(paths, count, plotter.wants_images):
         writer.write(reading)
         plotter.add(reading)
@@ -408,10 +441,11 @@ def dialogue(loading: Loading, plot: str | None, read: Callable[[], str] = input
             print('There is no display, so no figures are shown; --plot FOLDER saves them.', file=sys.stderr)
     if ask('Show Melnyk-Net summary? [Y/n] ', parse_yes, 'y', read):
         loading.result().print_summary()
-    status = EXIT_OK
+    status, plotter = EXIT_OK, Plotter(plot)
     while True:
         source = f'Please specify data filepath: [{DEFAULT_SOURCE}] '
         is_folder, paths = ask(source, parse_source, default_source(), read)
+        paths = plotter.begin(paths)
         print('Loading the data.....................................')
         if is_folder:
             print(f'Found {len(paths)} images in the specified directory')
@@ -419,7 +453,7 @@ def dialogue(loading: Loading, plot: str | None, read: Callable[[], str] = input
         count = ask(number, parse_count, str(DEFAULT_CANDIDATES), read)
         recogniser = loading.result()
         print('Melnyk-Net response:')
-        failed = answer(recogniser, paths, count, 'text', plot, with_names=len(paths) > 1)
+        failed = answer(recogniser, paths, count, 'text', plotter)
         name_failures(((reading.path, reading.error) for reading in failed), len(paths))
         if failed:
             status = EXIT_ERROR
@@ -462,6 +496,9 @@ def recognise(loading: Loading, options: argparse.Namespace) -> int:
 
     paths, failures = [], []
     for source in options.sources:
+        if not source:  # a shell's variable that is not set, perhaps; it would stand for the current folder
+            failures.append((source, 'an empty name'))
+            continue
         try:
             found = find_images([source])
         except FileNotFoundError:
@@ -469,9 +506,9 @@ def recognise(loading: Loading, options: argparse.Namespace) -> int:
         if not found:
             failures.append((source, 'no images in this folder'))
         paths += found
-    recogniser = loading.result()
-    plot = options.plot or 'off'
-    failed = answer(recogniser, paths, options.predictions, options.format, plot, with_names=len(paths) > 1)
+    recogniser, plotter = loading.result(), Plotter(options.plot or 'off')
+    paths = plotter.begin(list(dict.fromkeys(paths)))
+    failed = answer(recogniser, paths, options.predictions, options.format, plotter)
     failures += [(reading.path, reading.error) for reading in failed]
     name_failures(failures, len(paths) + len(failures) - len(failed))
     return EXIT_ERROR if failures else EXIT_OK

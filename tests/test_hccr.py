@@ -1,11 +1,15 @@
+import threading
+
 import numpy as np
 import pytest
 from conftest import SMALL_LABELS, draw_character
 from PIL import Image
 
+import hccr
 import melnyk_net
 from data_utils import network_input, open_image
 from hccr import BATCH_SIZES, HCCR, Candidate, response_line
+from inference import Outputs, activation_maps, enlarge
 from model_file import DEFAULT_MODEL, LIGHT_MODEL, default_model
 
 
@@ -169,8 +173,58 @@ def test_read_starts_before_it_knows_all_files(recogniser, tmp_path):
     readings.close()
 
 
-def test_the_network_works_while_answers_are_taken(recogniser, tmp_path):
-    """Full batches are one ahead of what was asked for, and all answers come in order."""
+class Counting:
+    """A runtime that says how often it was asked."""
+
+    input_shape, num_classes = (96, 96, 1), 5
+
+    def __init__(self):
+        self.asked = threading.Semaphore(0)
+
+    def run(self, inputs):
+        self.asked.release()
+        return Outputs(np.zeros((len(inputs), 5), np.float32), np.zeros((len(inputs), 1, 1, 1), np.float32))
+
+    def classifier(self):
+        return np.zeros((1, 5), np.float32)
+
+
+def test_the_network_works_while_answers_are_taken(monkeypatch):
+    threads = set()
+    prepare = hccr.network_input
+    monkeypatch.setattr(
+        hccr, 'network_input', lambda *arguments: threads.add(threading.current_thread()) or prepare(*arguments)
+    )
+    runtime = Counting()
+    readings = HCCR(runtime, SMALL_LABELS).read([draw_character()] * (sum(BATCH_SIZES) + 3 * BATCH_SIZES[-1]))
+    for _ in range(sum(BATCH_SIZES) + 1):  # to the first answer of the second full batch
+        assert next(readings).candidates
+    # The third is under way by now, or soon, without being asked for.
+    for _ in range(len(BATCH_SIZES) + 2):
+        assert runtime.asked.acquire(timeout=30)
+    readings.close()
+    assert threading.main_thread() not in threads
+
+
+def test_activation_maps_are_relative(recogniser, inputs, monkeypatch):
+    shown = []
+    monkeypatch.setattr('figures.show', lambda windows: shown.extend(windows))
+    recogniser.predict(inputs[:2], num_predictions=1, plot_cam=True)
+    assert len(shown) == 2
+    (reading,) = recogniser.read(draw_character(60, width=0.03), with_images=True)
+    outputs = recogniser.runtime.run(reading.network_input[None])
+    best = outputs.logits.argmax(axis=1)
+    maps = {
+        relative: enlarge(
+            activation_maps(outputs.features, recogniser.runtime.classifier(), best, relative)[0], (96, 96)
+        )
+        for relative in (True, False)
+    }
+    assert np.allclose(reading.activation_map, maps[True], atol=1e-5)
+    assert not np.allclose(maps[True], maps[False], atol=1e-5)
+
+
+def test_all_answers_come_in_order(recogniser, tmp_path):
     Image.fromarray(draw_character()).save(tmp_path / 'a.png')
     missing = [tmp_path / f'{i}.png' for i in range(300)]
     paths = [path for pair in zip([tmp_path / 'a.png'] * 300, missing, strict=True) for path in pair]

@@ -13,7 +13,7 @@ from conftest import SMALL_LABELS, draw_character
 from PIL import Image
 
 import main
-from hccr import Candidate, Reading
+from hccr import HCCR, Candidate, Reading
 
 ROOT = Path(__file__).parents[1]
 
@@ -257,6 +257,15 @@ def test_what_is_missing_is_named_and_the_rest_answered(folder, run, tmp_path):
     assert 'none.png: no such file' in errors
     assert 'empty: no images in this folder' in errors
     assert '2 of 3 could not be read:' in errors
+    status, output, errors = run('')
+    assert (status, output) == (1, '')
+    assert 'an empty name' in errors
+
+
+def test_each_image_is_answered_once(folder, run):
+    status, output, _ = run(folder / '1.png', folder / '1.png', folder / '1*.png', '-n', 1)
+    assert status == 0
+    assert output.count('Dear User') == 1
 
 
 def test_figures_are_saved(folder, run, tmp_path):
@@ -301,6 +310,31 @@ def test_figures_replace_those_of_an_earlier_run_and_nothing_else(folder, run, t
         assert (figures / 'overview.png').read_bytes() == b'notes'
 
 
+def test_figures_of_an_earlier_run_are_not_read(folder, run):
+    for _ in range(2):
+        _, output, errors = run(folder, '--plot', folder / 'figures', '-n', 1)
+        assert output.count('Dear User') == 2
+        assert sorted(os.listdir(folder / 'figures')) == ['1.png', '10.png', 'overview.png']
+    assert '3 figures of earlier runs' in errors
+
+
+def test_figures_of_a_dialogue_replace_none_of_its_own(folder, run, small_file, tmp_path):
+    other = tmp_path / 'other'
+    other.mkdir()
+    Image.fromarray(draw_character()).save(other / '1.png')
+    plotter = main.Plotter(str(tmp_path / 'figures'))
+    for source in (folder / '1.png', other / '1.png'):
+        main.answer(HCCR(small_file), plotter.begin([source]), 1, 'text', plotter)
+    assert sorted(os.listdir(tmp_path / 'figures')) == ['1-2.png', '1.png']
+
+
+def test_names_that_are_too_long_for_a_figure_are_cut(folder, run, tmp_path):
+    (folder / '1.png').rename(folder / ('鲍' * 84))
+    status, _, errors = run(folder / ('鲍' * 84), '--plot', tmp_path / 'figures')
+    assert status == 0, errors
+    assert len(os.listdir(tmp_path / 'figures')) == 1
+
+
 @pytest.mark.parametrize('sources', [['.'], ['1.png'], ['../scans/10.PNG']])
 def test_figures_do_not_lie_among_the_images(folder, run, monkeypatch, sources):
     monkeypatch.chdir(folder)
@@ -319,7 +353,7 @@ def test_figures_need_a_folder(folder, run, tmp_path):
     assert 'this is a file' in errors
 
 
-def test_figures_cannot_be_shown_without_a_toolkit_for_windows(folder, run, monkeypatch, capsys):
+def test_figures_cannot_be_shown_without_a_toolkit_for_windows(folder, run, small_file, monkeypatch, capsys):
     import figures
 
     monkeypatch.setattr(main, 'has_display', lambda: True)
@@ -328,10 +362,26 @@ def test_figures_cannot_be_shown_without_a_toolkit_for_windows(folder, run, monk
     assert status == 1
     assert output == ''
     assert '--plot FOLDER' in errors
-    plotter = main.Plotter('show', with_overview=False)  # as in the dialogue, where nobody asked for windows
-    plotter._figures = ['a figure']
-    plotter.close()
+    plotter = main.Plotter('show')  # as in the dialogue, where nobody asked for windows
+    main.answer(HCCR(small_file), plotter.begin([folder / '1.png']), 1, 'text', plotter)
     assert '--plot FOLDER' in capsys.readouterr().err
+
+
+def test_figures_are_shown_and_never_too_many(folder, small_file, monkeypatch, capsys):
+    import figures
+
+    shown = []
+    monkeypatch.setattr(figures, 'can_show', lambda: True)
+    monkeypatch.setattr(figures, 'show', lambda windows: shown.append(list(windows)))
+    monkeypatch.setattr(figures, 'OVERVIEW_SIZE', 2)
+    monkeypatch.setattr(main, 'MAX_WINDOWS', 1)
+    recogniser, plotter = HCCR(small_file), main.Plotter('show')
+    paths = plotter.begin([folder / '1.png', folder / '2.png', folder / '10.PNG'])
+    main.answer(recogniser, paths, 1, 'text', plotter)
+    ((page, figure),) = shown
+    assert len(page.axes) >= 2
+    assert len(figure.axes) == 2
+    assert '2 more figures are not shown' in capsys.readouterr().err
 
 
 def test_files_of_one_name_get_figures_of_their_own(folder, run, tmp_path):
@@ -353,8 +403,8 @@ def test_pages_of_the_overview_take_no_name_of_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, 'overview_figure', lambda entries: 'page')
     monkeypatch.setattr(figures, 'answer_figure', lambda *parts: 'answer')
     monkeypatch.setattr(figures, 'save', lambda figure, path: saved.append((figure, path.name)))
-    plotter = main.Plotter(str(tmp_path), with_overview=True)
-    assert os.listdir(tmp_path) == []
+    plotter = main.Plotter(str(tmp_path))
+    plotter.begin([Path('overview.png'), Path('a.png')])
     for stem in ('overview', 'a'):
         plotter.add(Reading(Path(f'{stem}.png'), (Candidate('一', 0.9),)))
     assert saved == [
@@ -425,7 +475,7 @@ def test_file_names_cannot_steer_the_terminal():
 
 
 def test_another_process_with_a_bare_environment(small_file, folder):
-    """Without UTF-8, without a home folder and with stdout closed early, answers are still clean."""
+    """Without UTF-8 and without a home folder, answers are still clean."""
     environment = {'PATH': os.environ['PATH'], 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     command = [sys.executable, ROOT / 'main.py', folder / '1.png', '-n', '1', '--model', small_file]
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
@@ -435,6 +485,17 @@ def test_another_process_with_a_bare_environment(small_file, folder):
 
     done = subprocess.run([*command, '--format', 'json'], capture_output=True, env=environment, check=False)
     assert json.loads(done.stdout.decode('utf-8'))['candidates'][0]['character'] in SMALL_LABELS
+
+
+def test_whoever_has_read_enough_may_close_the_pipe(small_file, folder):
+    for number in range(200):
+        Image.fromarray(draw_character()).save(folder / f'{number}-x.png')
+    command = [sys.executable, ROOT / 'main.py', folder, '-n', '1', '--format', 'json', '--model', small_file]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith(b'{')
+    process.stdout.close()
+    assert process.stderr.read() == b''
+    assert process.wait(timeout=60) == 0
 
 
 # --- What the repository ships
