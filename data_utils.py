@@ -12,6 +12,7 @@ import glob
 import math
 import os
 import re
+import stat
 import threading
 import warnings
 import zlib
@@ -149,7 +150,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_aside(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
+def written_aside(path: str | os.PathLike, size: int = 0, shared: bool = False) -> Iterator[Path]:
     """Write a file so that nobody ever sees half of it: give a path beside it, and rename that at the end.
 
     Whatever goes wrong meanwhile, an older file stays as it was, and nothing is left lying about. Where the process is
@@ -158,6 +159,8 @@ def written_aside(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
     Args:
         path: Where the file is to be. Its folder exists.
         size: Bytes that are tried before, for libraries that do not survive a full disk, as HDF5. Defaults to `0`.
+        shared: Whether several processes may write this file at once. Each has a path of its own then, which a killed
+            one leaves behind. Defaults to `False`.
 
     Yields:
         The path to write to, with the same suffix.
@@ -168,7 +171,7 @@ def written_aside(path: str | os.PathLike, size: int = 0) -> Iterator[Path]:
     path = Path(path)
     # A name of 255 bytes is as long as names can be: such a file has a short one while it is written.
     stem = path.stem if len(os.fsencode(path.name)) < 240 else f'{zlib.crc32(os.fsencode(path.name)):08x}'
-    aside = path.with_name(f'.{stem}.part{path.suffix}')
+    aside = path.with_name(f'.{stem}.{os.getpid()}.part{path.suffix}' if shared else f'.{stem}.part{path.suffix}')
     with writing(path):
         try:
             if size:
@@ -202,8 +205,8 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
 
     A folder gives every file below it whose suffix is one of an image (in any case), hidden ones left out, and folders
     that may not be read, for `open_image` to say so. A file that is named itself is taken whatever its suffix, since
-    the content decides. Links to folders are not followed inside a folder, so that a loop of links cannot hold the
-    program.
+    the content decides. Links to folders are not followed inside a folder nor by the `**` of a pattern, so that a loop
+    of links cannot hold the program. A link that leads nowhere is given as a file, for `open_image` to say so.
 
     Args:
         sources: Paths or patterns such as `scans/*.png`; `~` stands for the home folder.
@@ -223,13 +226,33 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
         elif os.path.exists(path):
             files = [path]
         else:
-            # include_hidden stays off: a pattern means the same as a folder.
-            files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True), key=natural_key)]
-            files = [file for name in files for file in ([name] if name.is_file() else find_images([name]))]
+            files = []
+            for match in sorted(dict.fromkeys(_matches(path)), key=natural_key):
+                files += sorted(_images_below(match), key=natural_key) if os.path.isdir(match) else [match]
             if not files:
                 raise FileNotFoundError(f'no such file or folder: {source}')
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _matches(pattern: Path, root: Path = Path()) -> Iterator[Path]:
+    """Yield what a pattern names, hidden names left out; it may yield a path twice.
+
+    `**` stands for any folders, but not for links to folders, which glob's own follows until the path is too long.
+    """
+    if '**' not in pattern.parts:
+        for name in glob.glob(str(pattern), root_dir=root):
+            yield root / name
+        return
+    place = pattern.parts.index('**')
+    rest = Path(*pattern.parts[place + 1 :])
+    for top in _matches(Path(*pattern.parts[:place]), root):
+        for folder, folders, names in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith('.')]
+            if rest.parts:
+                yield from _matches(rest, Path(folder))
+            else:
+                yield from (Path(folder, name) for name in names if not name.startswith('.'))
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -240,6 +263,10 @@ def _images_below(folder: Path) -> Iterator[Path]:
             if not name.startswith('.') and Path(name).suffix.lower() in SUFFIXES:
                 yield Path(root, name)
     yield from unreadable
+
+
+# What the system says where there is no such file; the third of links that lead to each other.
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def open_image(path: str | os.PathLike, reduced: bool = False) -> np.ndarray:
@@ -262,13 +289,15 @@ def open_image(path: str | os.PathLike, reduced: bool = False) -> np.ndarray:
             `PIL.Image.MAX_IMAGE_PIXELS` pixels, 89 million, as decompression bombs do.
     """
     try:
+        # A pipe would be waited for, and a device has no end.
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ImageError('not a regular file')
         return _opened_reduced(path) if reduced else _opened(path)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError('the image is too large to be one character: crop or scale it first') from error
-    except FileNotFoundError as error:
-        raise ImageError('no such file') from error
     except IsADirectoryError as error:
         raise ImageError('this is a folder' if os.access(path, os.R_OK) else 'a folder that may not be read') from error
     except PermissionError as error:
@@ -276,6 +305,8 @@ def open_image(path: str | os.PathLike, reduced: bool = False) -> np.ndarray:
     except Image.UnidentifiedImageError as error:
         raise ImageError(_why_unknown(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        if getattr(error, 'errno', None) in _NO_SUCH_FILE:
+            raise ImageError('no such file') from error
         raise ImageError(f'damaged image: {str(error) or type(error).__name__}') from error
 
 
@@ -288,8 +319,11 @@ def _why_unknown(path: str | os.PathLike) -> str:
 
 
 def expect_large_pictures() -> None:
-    """Silence Pillow's warning of pictures that `open_image` refuses in words of its own. It is for programs."""
-    warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+    """Silence what Pillow warns of, large pictures and damaged EXIF data for example. It is for programs.
+
+    `open_image` says in words of its own what cannot be read.
+    """
+    warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 # Decoding takes ten bytes a pixel and more, so pictures of more pixels than this are decoded one at a time.
@@ -330,7 +364,10 @@ def _decoded(image: Image.Image, divisor: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     image.seek(0)
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    # The picture is there: damaged EXIF data, of which anything is raised, only means that no orientation is known.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith('I') or image.mode == 'F':
         return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
@@ -339,6 +376,21 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         page.paste(image, mask=image.getchannel('A'))
         image = page
     return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+
+
+def thumbnail(image: np.ndarray, side: int) -> np.ndarray:
+    """Return a picture reduced to at most `side` pixels in width and height; a smaller one as it is.
+
+    Args:
+        image: uint8 array of shape `(height, width)` or `(height, width, 3)`.
+        side: In pixels.
+
+    Returns:
+        uint8 array with as many axes.
+    """
+    small = Image.fromarray(image)
+    small.thumbnail((side, side))
+    return np.asarray(small)
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
@@ -357,6 +409,14 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 # cleaned: four times the 88 pixels that the network gets, so that nothing is lost which it could see.
 _LIGHT_SIDE = 128
 _INK_SIDE = 352
+
+# A sheet of paper on a darker desk is looked for in pictures of at least `_PHOTO` pixels, on a copy of `_SHEET_SIDE`.
+# The desk has at least these parts of the picture and of its frame, the sheet this part of the picture.
+_PHOTO = 200
+_SHEET_SIDE = 64
+_DESK_PART = 0.25
+_DESK_FRAME = 0.75
+_SHEET_PART = 0.12
 
 # The window, as a fraction of the longer side, in which some paper is expected to show: wider than a pen stroke, and
 # small enough to follow the edge of a shadow.
@@ -383,6 +443,9 @@ _DUST = 0.004
 
 # Coloured pictures of more bytes than this are reduced row by row.
 _LARGE = 1 << 20
+
+# A longer side is reduced to this before a square of it is made, which would take terabytes for some pictures.
+_LONGEST = 1 << 13
 
 _LEVELS = np.arange(256)
 
@@ -442,9 +505,9 @@ def to_gray(image: np.ndarray) -> np.ndarray:
     Returns:
         uint8 array of shape `(height, width)`.
     """
+    luma = _luma(image)
     if image.ndim == 2:
-        return image
-    luma = np.asarray(Image.fromarray(image).convert('L'))
+        return luma
     small = _reduced(image, 2 * _LIGHT_SIDE)
     red, green, blue = (small[..., channel] for channel in range(3))
     colour = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
@@ -463,6 +526,11 @@ def to_gray(image: np.ndarray) -> np.ndarray:
     decided[full[:, 0] < 0.6 * full[0, 0]] = 0
     best = int(decided.argmax())
     return luma if decided[best] < decided[0] + 0.1 else image[..., best - 1]
+
+
+def _luma(image: np.ndarray) -> np.ndarray:
+    """Return the luma of a picture, see `to_gray`; a gray one as it is."""
+    return image if image.ndim == 2 else np.asarray(Image.fromarray(image).convert('L'))
 
 
 def _reduced(image: np.ndarray, side: int) -> np.ndarray:
@@ -801,6 +869,7 @@ def fit(gray: np.ndarray, size: int = 96) -> np.ndarray:
         uint8 array of shape `(size, size)`, 0 for paper, up to 255 for ink.
     """
     border = round(size * 4 / 96)
+    gray = _reduced(gray, _LONGEST)
     height, width = gray.shape
     side = max(height, width)
     square = np.full((side, side), 255, np.uint8)
@@ -836,7 +905,7 @@ def network_input(image: np.ndarray, crop: bool = True, size: int = 96) -> np.nd
     if not image.size:
         raise NoInkError('the image is empty')
     if not crop:
-        return fit(_whiten_by_otsu(np.asarray(Image.fromarray(image).convert('L'))), size)
+        return fit(_whiten_by_otsu(_luma(image)), size)
     return fit(crop_to_ink(_whitened_writing(image)[0]), size)
 
 
@@ -850,6 +919,15 @@ def _whitened_writing(image: np.ndarray) -> tuple[np.ndarray, float]:
         uint8 array of shape `(height, width)`, as `whiten` returns it, with sides of at most `_INK_SIDE`; and how many
         pixels of the picture one of its pixels stands for.
     """
+    sheet = _sheet(_reduced(image, _INK_SIDE)) if max(image.shape[:2]) >= _PHOTO else None
+    if sheet is not None:
+        with contextlib.suppress(NoInkError):  # an empty sheet is none: a box was drawn around the edge of the picture
+            return _looked_closer(_without_desk(image, sheet))
+    return _looked_closer(image)
+
+
+def _looked_closer(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Whiten a page, see `_whitened_writing`."""
     is_cut = False
     while True:
         page = _reduced(image, _INK_SIDE)
@@ -869,6 +947,60 @@ def _whitened_writing(image: np.ndarray) -> tuple[np.ndarray, float]:
             max(0, int(left * horizontal - margin)) : int(right * horizontal + margin) + 1,
         ]
         is_cut = True
+
+
+def _sheet(page: np.ndarray) -> np.ndarray | None:
+    """Find a sheet of paper on a darker desk.
+
+    The desk is what is dark and reaches the frame of the picture. What it leaves is a sheet where it is bright, as
+    strokes of light ink with the dark paper that they enclose are not; thick, as strokes are not; and parted from the
+    desk by a sharp edge, as light from shadow seldom is. Small pictures and narrow desks are left alone: the outer
+    strokes of 国 or 日, cut out tightly, look the same.
+
+    Args:
+        page: uint8 array of shape `(height, width)` or `(height, width, 3)`.
+
+    Returns:
+        bool array of shape `(rows, columns)` of at most `_SHEET_SIDE`, which covers the picture; True on the sheet, a
+        little inside its edge. None where there is no such sheet.
+    """
+    small = _luma(_reduced(page, _SHEET_SIDE))
+    edges = np.concatenate((small[0], small[-1], small[:, 0], small[:, -1]))
+    if min(small.shape) < _SHEET_SIDE // 4 or edges.mean() > 0.75 * small.max():  # nearly all pictures end here
+        return None
+    frame = np.ones(small.shape, bool)
+    frame[1:-1, 1:-1] = False
+    dark = small <= otsu_threshold(small)
+    if np.count_nonzero(frame & dark) < _DESK_FRAME * np.count_nonzero(frame):
+        return None
+    outside = frame & dark
+    while np.count_nonzero(grown := _grown(outside) & dark) > np.count_nonzero(outside):
+        outside = grown
+    if np.count_nonzero(outside) < _DESK_PART * small.size:
+        return None
+    near, far = _grown(outside), _grown(outside, 2)
+    sheet = ~far
+    sheet[frame] = False  # so that what reaches the frame has an edge there, too
+    thick = ~_grown(~sheet)
+    area, bright = np.count_nonzero(thick), np.count_nonzero(thick & ~dark)
+    if area < _SHEET_PART * small.size or bright < 0.7 * area:
+        return None
+    paper, desk = np.median(small[sheet & ~dark]), np.median(small[outside])
+    # One pixel is left between the two, which has something of both.
+    inner, outer = far & ~near, outside & _grown(~outside, 2) & ~_grown(~outside)
+    level = np.concatenate((small[inner] - desk, paper - small[outer].astype(np.float64)))
+    return sheet if np.count_nonzero(level > 0.6 * (paper - desk)) > 0.7 * level.size else None
+
+
+def _without_desk(image: np.ndarray, sheet: np.ndarray) -> np.ndarray:
+    """Cut a picture down to its sheet, and fill the corners that a tilted one leaves with the colour of its paper."""
+    mask = np.asarray(Image.fromarray(sheet).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    (top, bottom), (left, right) = _extent(mask.any(axis=1)), _extent(mask.any(axis=0))
+    image, mask = image[top:bottom, left:right], mask[top:bottom, left:right]
+    gray = _luma(image)
+    paper = image[mask & (gray >= otsu_threshold(gray[mask]))]
+    colour = np.median(paper[:: 1 + len(paper) // 10_000], axis=0).astype(np.uint8)
+    return np.where(mask if image.ndim == 2 else mask[..., None], image, colour)
 
 
 def _extent(marked: np.ndarray) -> tuple[int, int]:

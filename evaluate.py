@@ -1,11 +1,14 @@
 """Measures a model on labelled samples: how often it is right, how well it knows that, and where it goes wrong.
 
-    python evaluate.py --model melnyk_net.h5 samples.npz              arrays `images`, `chars` and, if there, `writers`
+    python evaluate.py --model melnyk_net.h5 samples.npz              arrays, see below
     python evaluate.py --model melnyk_net.h5 competition-gnt.zip      GNT files, folders or archives
     python evaluate.py --model melnyk_net.h5 images/                  pictures named by their character, or in folders
     python evaluate.py --model melnyk_net.h5 samples.npz --fit-temperature calibrated.h5
     python evaluate.py --model melnyk_net.h5 samples.npz --papers     the same scans on coloured, ruled, shaded … paper
     python evaluate.py --benchmark mnist.npz --epochs 5               the architecture on MNIST or Fashion-MNIST
+
+An npz file has `images`, (n, height, width) uint8, scans with the ink dark on white paper, 255; `chars`, (n,) texts,
+the character of each; and it may have `writers`, (n,) texts.
 
 The figures go to stdout. The folder of --out receives summary.json, writers.csv, classes.csv, confused.csv,
 reliability.png and mistakes.png (the worst ones: wrong, and sure of it).
@@ -22,13 +25,17 @@ Three figures count every class alike, however many samples it has; they are mea
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import heapq
 import json
+import os
 import re
 import sys
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from command_line import message, quiet_libraries, whole_number
 from data_utils import (
     LABEL_INDEX,
     LABELS,
@@ -47,6 +55,7 @@ from data_utils import (
     fit,
     network_input,
     open_image,
+    printable,
     written_aside,
 )
 from gnt_reader import GntError, folder_character, gnt_members, read_gnt
@@ -55,6 +64,7 @@ BINS = 15  # of the calibration: Guo et al., "On calibration of modern neural ne
 TOP = 10  # candidates that are kept of each sample
 CHUNK = 1024  # samples in memory at a time
 GALLERY = 96  # mistakes in the picture
+FITTED = 20_000  # samples that the temperature is fitted to, of which all log-probabilities are kept: 15 KB each
 
 
 class DataError(ValueError):
@@ -154,6 +164,8 @@ def _scans(path: Path, known: Container[str]) -> Iterator[tuple[np.ndarray, str 
     if path.suffix.lower() == '.npz':
         yield from _npz(path)
         return
+    if not holds_gnt(path):
+        raise DataError(f'{path}: pictures have a paper of their own; give scans, as npz or GNT data')
     level1_only = known is LABEL_INDEX  # the reader skips the others faster
     for member in gnt_members(path):
         for record in read_gnt(member, level1_only):
@@ -161,27 +173,56 @@ def _scans(path: Path, known: Container[str]) -> Iterator[tuple[np.ndarray, str 
 
 
 def _npz(path: Path) -> Iterator[tuple[np.ndarray, str, str]]:
-    try:
-        with np.load(path) as data:
-            images, characters = data['images'], data['chars']
-            writers = data['writers'] if 'writers' in data else np.full(len(characters), '')
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f'{path}: arrays `images` and `chars` are expected ({error})') from error
-    if images.ndim != 3 or images.dtype != np.uint8 or not len(images) == len(characters) == len(writers):
+    with _readable(path, 'arrays `images` and `chars` are expected'), np.load(path) as data:
+        images, characters = data['images'], data['chars']
+        writers = data['writers'] if 'writers' in data else np.full(characters.shape, '')
+    if images.ndim != 3 or images.dtype != np.uint8 or not images.shape[:1] == characters.shape == writers.shape:
         raise DataError(
             f'{path}: `images` is (n, height, width) uint8 on white paper, and `chars` and `writers` are as long; '
             f'received {images.dtype} {images.shape}, {characters.shape} and {writers.shape}'
         )
+    if _on_black(images):
+        raise DataError(
+            f'{path}: the ink is bright on black, as in network inputs; `images` are scans, the ink dark on white '
+            'paper, 255: give 255 - images'
+        )
     return zip(images, map(str, characters), map(str, writers), strict=True)
 
 
+@contextlib.contextmanager
+def _readable(path: Path, expected: str) -> Iterator[None]:
+    """Say in one line that a file is missing, damaged or another than expected, whatever NumPy says of it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f'{path}: {error.strerror or error}') from error
+    except (
+        *(OSError, EOFError, ValueError, TypeError, LookupError, MemoryError, NotImplementedError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise DataError(f'{path}: {expected} ({str(error) or type(error).__name__})') from error
+
+
+def _on_black(images: np.ndarray) -> bool:
+    """Whether most images (n, height, width) have a border of which most is 0."""
+    if not images.size:
+        return False
+    edges = np.concatenate((images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]), axis=1)
+    return np.mean((edges == 0).mean(axis=1) > 0.5) > 0.5
+
+
 def holds_gnt(path: Path) -> bool:
-    """Whether a path is read as GNT: a `.gnt` or `.zip` file, or a folder that holds one."""
-    if path.is_dir():
-        return any(found.suffix.lower() in ('.gnt', '.zip') for found in path.rglob('*'))
-    return path.suffix.lower() in ('.gnt', '.zip')
+    """Whether a path is read as GNT: a `.gnt` or `.zip` file, or a folder that holds GNT, unpacked or in an archive.
+
+    So is a folder that has archives without GNT and no pictures: the reader says what is wrong with them.
+    """
+    if not path.is_dir():
+        return path.suffix.lower() in ('.gnt', '.zip')
+    try:
+        members = gnt_members(path, strict=False, on_error=lambda error: None)
+    except GntError:
+        return False
+    return bool(members or not find_images([path]))
 
 
 def _pictures(path: Path, size: int, left_out: Counter, known: Container[str]) -> Iterator[tuple[np.ndarray, str, str]]:
@@ -241,7 +282,7 @@ class Answers:
         labels: (n,) int32 class indices.
         writers: (n,) str.
         ranks: (n,) int32: how many classes were likelier than the true one; 0 is a right answer.
-        best: (n,) int32: the class of the first answer.
+        best: (n,) int32: the class of the first answer; the true one only if no other is as likely.
         confidence: (n,) float32: its probability.
         true_probability: (n,) float32: the probability of the true class.
     """
@@ -261,6 +302,10 @@ class Answers:
         best = probabilities.argmax(axis=1).astype(np.int32)
         # A class as likely as the true one counts before it, unless it is the true one: no credit for constant output.
         ranks = (probabilities >= true[:, None]).sum(axis=1).astype(np.int32) - 1
+        tied = np.flatnonzero((best == labels) & (ranks > 0))
+        others = probabilities[tied]
+        others[np.arange(len(tied)), labels[tied]] = -np.inf
+        best[tied] = others.argmax(axis=1)
         return cls(labels, writers, ranks, best, probabilities[rows, best], true)
 
     @classmethod
@@ -510,21 +555,21 @@ class Gallery:
         return [(item[0], *item[2:]) for item in sorted(self._heap, key=lambda item: item[:2], reverse=True)]
 
 
-def measure(
-    recogniser, chunks: Iterable[Samples], keep_log_probabilities: int = 0, ranking: ClassRanking | None = None
-) -> tuple[Answers, Gallery, tuple]:
+def measure(recogniser, chunks: Iterable[Samples], ranking: ClassRanking | None = None) -> tuple[Answers, Gallery]:
     """Let a model answer.
 
     Args:
         recogniser: An `hccr.HCCR`.
         chunks: The samples.
-        keep_log_probabilities: For how many samples at most to keep all log-probabilities (15 KB each).
         ranking: Given all samples, where average precisions are wanted.
 
     Returns:
-        The answers, the worst mistakes, and (log-probabilities, labels) of the samples that they were kept for.
+        The answers, and the worst mistakes.
+
+    Raises:
+        DataError: If there are no samples.
     """
-    parts, gallery, kept, kept_labels = [], Gallery(), [], []
+    parts, gallery = [], Gallery()
     for chunk in chunks:
         probabilities = recogniser.probabilities(chunk.images)
         part = Answers.of(probabilities, chunk.labels, chunk.writers)
@@ -532,87 +577,136 @@ def measure(
         parts.append(part)
         if ranking is not None:
             ranking.add(probabilities, chunk.labels)
-        room = keep_log_probabilities - sum(map(len, kept_labels))
-        if room > 0:
-            kept.append(np.log(np.maximum(probabilities[:room], np.finfo(np.float32).tiny)))
-            kept_labels.append(chunk.labels[:room])
     if not parts:
         raise DataError(f'no sample of the {len(recogniser.labels)} characters; give other data')
-    logs = (np.concatenate(kept), np.concatenate(kept_labels)) if kept else None
-    return Answers.joined(parts), gallery, logs
+    return Answers.joined(parts), gallery
+
+
+def drawn_by_lot(chunks: Iterable[Samples], count: int, seed: int = 0) -> Samples:
+    """Return `count` of the samples, or all if they are fewer, each as likely as any other.
+
+    Sources come by writer or by character, so the first ones would not stand for all. The samples are read once, and
+    no more than `count` are in memory (J. S. Vitter, "Random sampling with a reservoir", 1985, algorithm R).
+
+    Raises:
+        DataError: If there are no samples.
+    """
+    rng = np.random.default_rng(seed)
+    kept, seen = [], 0
+    for chunk in chunks:
+        for image, label, writer in zip(*chunk, strict=True):
+            place = seen if seen < count else int(rng.integers(seen + 1))
+            seen += 1
+            if place < count:
+                kept[place : place + 1] = [(image.copy(), label, writer)]  # else it would keep its chunk in memory
+    if not kept:
+        raise DataError('no sample of the characters of the model; give other data')
+    return _samples(*zip(*kept, strict=True))
+
+
+def fitted_temperature(recogniser, samples: Samples) -> float:
+    """Return the temperature that calibrates a model on some samples, see `fit_temperature`."""
+    shipped, recogniser.temperature = recogniser.temperature, 1.0
+    try:
+        logs = [
+            np.log(np.maximum(recogniser.probabilities(samples.images[at : at + CHUNK]), np.finfo(np.float32).tiny))
+            for at in range(0, len(samples.images), CHUNK)
+        ]
+    finally:
+        recogniser.temperature = shipped
+    return fit_temperature(np.concatenate(logs), samples.labels)
+
+
+def load(options: argparse.Namespace):
+    """Return the `hccr.HCCR` that the command line asks for."""
+    with quiet_libraries():
+        from hccr import HCCR
+
+        recogniser = HCCR(options.model, precision=options.precision)
+        recogniser.warm_up()
+    return recogniser
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure a model file on data, print the figures and write the folder of files."""
-    from hccr import HCCR
-
-    recogniser = HCCR(options.model, precision=options.precision)
+    out, target = Path(options.out), options.fit_temperature
+    recogniser = load(options)
     labels = recogniser.labels
+    if target and recogniser.model is None:
+        raise DataError(f'{options.model}: only .h5 files are saved with another temperature; export that again')
+    _make_folder(out)
 
     def chunks() -> Iterator[Samples]:
         count = 0
         for chunk in iterate_samples(
-            options.data, recogniser.size, lambda text: print(f'\r{text}', file=sys.stderr), labels
+            options.data, recogniser.size, lambda text: print(f'\r{printable(text)}', file=sys.stderr), labels
         ):
             yield chunk
             count += len(chunk.labels)
             print(f'\r{count:,} samples', end='', file=sys.stderr, flush=True)
         print(file=sys.stderr)
 
-    if options.fit_temperature and recogniser.model is None:
-        raise DataError(f'{options.model}: only .h5 files are saved with another temperature; export that again')
-    if options.fit_temperature is not None:
-        shipped, recogniser.temperature = recogniser.temperature, 1.0
-        _, _, (logs, true) = measure(recogniser, chunks(), keep_log_probabilities=20_000)
-        recogniser.temperature = fit_temperature(logs, true)
-        print(f'temperature {recogniser.temperature:.3f} (the file has {shipped:.3f}), fitted to {len(true):,} samples')
+    if target is not None:
+        chosen = drawn_by_lot(chunks(), FITTED)
+        shipped, recogniser.temperature = recogniser.temperature, fitted_temperature(recogniser, chosen)
+        count = len(chosen.labels)
+        print(f'temperature {recogniser.temperature:.3f} (the file has {shipped:.3f}), fitted to {count:,} samples')
     ranking = ClassRanking(len(labels))
-    answers, gallery, _ = measure(recogniser, chunks(), ranking=ranking)
+    answers, gallery = measure(recogniser, chunks(), ranking)
     precisions = ranking.average_precisions()
 
     print('  '.join(f'{name} {value}' for name, value in summary(answers, precisions).items()))
     for row in by_writer(answers):
         if row['writer']:
-            print('  '.join(f'{name} {value}' for name, value in row.items()))
+            print('  '.join(f'{name} {printable(value)}' for name, value in row.items()))
     pairs = confused_pairs(answers, labels)
     print('most confused:', '  '.join(f'{true}→{answer} ×{count}' for true, answer, count in pairs[:20]))
 
-    if options.fit_temperature:
+    about = {'model': str(options.model), 'data': options.data}
+    write_report(out, answers, gallery, labels, about, precisions)
+    print(f'details: {printable(out)}')
+    if target:
         from melnyk_net import save_model
 
-        note = recogniser.info.note
-        save_model(recogniser.model, options.fit_temperature, labels, recogniser.temperature, note, options.half)
-        print(f'saved with this temperature: {options.fit_temperature}')
-    about = {'model': str(options.model), 'data': options.data}
-    write_report(Path(options.out), answers, gallery, labels, about, precisions)
-    print(f'details: {options.out}')
+        save_model(recogniser.model, target, labels, recogniser.temperature, recogniser.info.note, options.half)
+        print(f'saved with this temperature: {printable(target)}')
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of --out before anything is measured for nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f'{folder}: this is a file, or lies in one; --out takes a folder') from error
 
 
 def measure_on_papers(options: argparse.Namespace) -> None:
     """Measure and print how well a model reads the same scans on other papers, prepared as a user's pictures are."""
-    from hccr import HCCR
     from papers import PAPERS
 
-    recogniser = HCCR(options.model, precision=options.precision)
+    recogniser = load(options)
     index = _class_index(recogniser.labels)
-    scans = [
-        (image, index[character])
-        for source in map(Path, options.data)
-        for image, character, _ in _scans(source.expanduser(), index)
-        if character in index
-    ]
-    # Evenly over all of them, since sources are in the order of the characters.
-    scans = scans[:: -(-len(scans) // options.papers)]
+    scans, blank = [], 0
+    for source in map(Path, options.data):
+        for image, character, _ in _scans(source.expanduser(), index):
+            if character not in index:
+                continue
+            try:
+                scans.append((crop_to_ink(image), index[character]))
+            except NoInkError:
+                blank += 1
+    if blank:
+        print(f'left out {blank:,} blank', file=sys.stderr)
     if not scans:
         raise DataError(f'no scan of the {len(index)} characters; give npz or GNT data')
+    # Evenly over all of them, since sources are in the order of the characters.
+    scans = scans[:: -(-len(scans) // options.papers)]
     labels = np.array([label for _, label in scans])
     print(f'{len(scans):,} samples of each paper\ntop-1    top-5    paper')
     for name, paper in PAPERS.items():
         right = np.zeros(2)
         for start in range(0, len(scans), CHUNK):
-            images = [
-                _prepared(paper(crop_to_ink(image)), recogniser.size) for image, _ in scans[start : start + CHUNK]
-            ]
+            images = [_prepared(paper(ink), recogniser.size) for ink, _ in scans[start : start + CHUNK]]
             probabilities = recogniser.probabilities(np.stack(images))
             answers = Answers.of(probabilities, labels[start : start + CHUNK], np.full(len(images), ''))
             right += len(images) * answers.top(1), len(images) * answers.top(5)
@@ -638,10 +732,9 @@ def write_report(
     about: dict,
     average_precisions: np.ndarray | None = None,
 ) -> None:
-    """Write the tables and figures of an evaluation; see the module's text."""
+    """Write the tables and figures of an evaluation into a folder that is there; see the module's text."""
     import figures
 
-    folder.mkdir(parents=True, exist_ok=True)
     row = about | summary(answers, average_precisions)
     with written_aside(folder / 'summary.json') as path:
         path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -649,9 +742,12 @@ def write_report(
     _write_table(folder / 'classes.csv', by_class(answers, labels, average_precisions))
     pairs = confused_pairs(answers, labels)
     _write_table(folder / 'confused.csv', [dict(zip(('true', 'answer', 'count'), pair, strict=True)) for pair in pairs])
-    figures.save(reliability_figure(answers), folder / 'reliability.png')
-    if worst := gallery.items():
-        figures.save(mistakes_figure(worst, labels), folder / 'mistakes.png')
+    try:
+        figures.save(reliability_figure(answers), folder / 'reliability.png')
+        if worst := gallery.items():
+            figures.save(mistakes_figure(worst, labels), folder / 'mistakes.png')
+    except ModuleNotFoundError as error:  # a light installation has no matplotlib
+        print(f'no figures: {message(error)}', file=sys.stderr)
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:
@@ -714,14 +810,12 @@ def read_mnist(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         DataError: If it is neither.
     """
     path = Path(path)
-    try:
+    with _readable(path, 'neither mnist.npz nor a folder with the four IDX files'):
         if path.is_dir():
             parts = [_find_idx(path, f'{part}-{kind}') for part in ('train', 't10k') for kind in ('images', 'labels')]
             return tuple(map(read_idx, parts))
         with np.load(path) as data:
             return tuple(data[name] for name in ('x_train', 'y_train', 'x_test', 'y_test'))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f'{path}: neither mnist.npz nor a folder with the four IDX files ({error})') from error
 
 
 def _find_idx(folder: Path, prefix: str) -> Path:
@@ -745,11 +839,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 def benchmark(options: argparse.Namespace) -> float:
     """Train the architecture on MNIST as the original does: SGD 0.01, momentum 0.9, batches of 64; return top-1."""
-    import keras
-
-    from melnyk_net import melnyk_net
-
     x_train, y_train, x_test, y_test = read_mnist(options.benchmark)
+    with quiet_libraries():
+        import keras
+
+        from melnyk_net import melnyk_net
+
     keras.utils.set_random_seed(options.seed)
     model = melnyk_net((*x_train.shape[1:], 1), global_average_type=options.pooling, num_classes=int(y_train.max()) + 1)
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), 'sparse_categorical_crossentropy', metrics=['accuracy'])
@@ -762,9 +857,8 @@ def benchmark(options: argparse.Namespace) -> float:
         verbose=2,
     )
     accuracy = history.history['val_accuracy'][-1]
-    print(
-        f'{Path(options.benchmark).name}: top-1 {100 * accuracy:.2f} % of {len(y_test):,} after {options.epochs} epochs'
-    )
+    name = printable(Path(options.benchmark).name)
+    print(f'{name}: top-1 {100 * accuracy:.2f} % of {len(y_test):,} after {options.epochs} epochs')
     return accuracy
 
 
@@ -776,7 +870,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument('data', nargs='*', help='npz, GNT files or archives, folders of pictures named by their character')
+    p.add_argument(
+        'data',
+        nargs='*',
+        help='npz files as described above, GNT files or archives, folders of pictures named by their character',
+    )
     p.add_argument(
         '--model',
         default=Path(__file__).with_name('melnyk_net.h5'),
@@ -802,7 +900,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         '--papers',
-        type=int,
+        type=whole_number,
         nargs='?',
         const=3000,
         metavar='N',
@@ -810,7 +908,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g = p.add_argument_group('the architecture on MNIST or Fashion-MNIST')
     g.add_argument('--benchmark', metavar='PATH', help='mnist.npz, or a folder with the IDX files')
-    g.add_argument('--epochs', type=int, default=10, help='passes over the training images (default: 10)')
+    g.add_argument('--epochs', type=whole_number, default=10, help='passes over the training images (default: 10)')
     g.add_argument('--pooling', choices=('GWAP', 'GWOAP', 'GAP'), default='GWAP', help='global pooling (default: GWAP)')
     g.add_argument('--seed', type=int, default=0, help='of weights and order (default: 0)')
     return p
@@ -820,17 +918,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     p = parser()
     options = p.parse_args(arguments)
+    target = options.fit_temperature
+    if target and Path(target).suffix not in ('.h5', '.hdf5'):
+        p.error(f'--fit-temperature saves a file that ends in .h5 or .hdf5, received {target!r}; data stand before it')
     if bool(options.data) == bool(options.benchmark):
         p.error('give labelled data to measure a model with, or --benchmark PATH')
+    if options.half and not target:
+        p.error('--half is for the file that --fit-temperature FILE.h5 saves')
+    if sum((options.papers is not None, target is not None, options.benchmark is not None)) > 1:
+        p.error('--papers, --fit-temperature and --benchmark are asked for one at a time')
     try:
+        if target and not Path(target).parent.is_dir():
+            raise DataError(f'{target}: there is no such folder; make it first')
+        for path in options.data:
+            if not os.path.exists(os.path.expanduser(path)):
+                raise DataError(f'{path}: no such file or folder')
         if options.benchmark:
             benchmark(options)
-        elif options.papers:
+        elif options.papers is not None:
             measure_on_papers(options)
         else:
             evaluate(options)
-    except (DataError, GntError, FileNotFoundError, ValueError, OSError) as error:
-        print(f'evaluate.py: {error}', file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f'evaluate.py: {message(error)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

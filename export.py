@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_utils import written_aside
+from command_line import message, quiet_libraries
+from data_utils import printable, written_aside
 from inference import Outputs, inference_network, operation_inputs
 from model_file import ModelInfo, describe
 
@@ -252,23 +253,14 @@ class OnnxRuntime:
 @contextlib.contextmanager
 def _quiet_tensorflow() -> Iterator[None]:
     """Keep the converters' reports on every tensor off the terminal. What goes wrong is an exception."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(descriptor) for descriptor in (1, 2)]
-    try:
-        with (
-            open(os.devnull, 'w') as nowhere,
-            warnings.catch_warnings(action='ignore'),
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            for descriptor in (1, 2):
-                os.dup2(nowhere.fileno(), descriptor)
-            yield
-    finally:
-        for descriptor, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, descriptor)
-            os.close(copy)
+    with (
+        quiet_libraries(1, 2),
+        open(os.devnull, 'w') as nowhere,
+        warnings.catch_warnings(action='ignore'),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -346,22 +338,51 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: If something is not as it should be.
     """
-    from hccr import HCCR
-    from melnyk_net import load_model
-
     if options.int8 and options.samples < 1:
         raise ExportError(f'--samples is at least 1, received {options.samples}')
-    model, info = load_model(options.source)
+    with quiet_libraries():
+        from hccr import HCCR
+        from melnyk_net import load_model
+
+        model, info = load_model(options.source)
     calibration = None
     if options.int8:
         calibration = calibration_images(options.calibrate, options.samples, info.input_shape[0])
     export(model, info, options.target, calibration)
     megabytes = [Path(name).stat().st_size / 1e6 for name in (options.source, options.target)]
-    print(f'{options.target}: {megabytes[1]:.1f} MB ({options.source}: {megabytes[0]:.1f} MB)')
+    source, target = printable(options.source), printable(options.target)
+    print(f'{target}: {megabytes[1]:.1f} MB ({source}: {megabytes[0]:.1f} MB)')
     if not options.data:
         return
     exported = OnnxRuntime(options.target) if Path(options.target).suffix == '.onnx' else options.target
-    for name, network in ((options.source, model), (options.target, exported)):
+    for name, network in ((source, model), (target, exported)):
         recogniser = HCCR(network, info.labels, precision='float32')
         top_1, top_5, count = accuracies(recogniser, options.data)
         print(f'{name}: top-1 {100 * top_1:.2f} %, top-5 {100 * top_5:.2f} % of {count:,} samples', flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line of melnyk_net.py; return the exit status."""
+    parser = argparse.ArgumentParser(prog='melnyk_net.py', description='What is done with a model file.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    command = commands.add_parser(
+        'export',
+        help='export the network for other programs',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f'melnyk_net.py: {message(error)}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    print('export.py: run it as `python melnyk_net.py export MODEL.h5 OUT.tflite`', file=sys.stderr)
+    sys.exit(2)

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from data_utils import ImageError, NoInkError, crop_to_ink, fit, network_input, open_image, printable
+from data_utils import LABELS, ImageError, NoInkError, crop_to_ink, fit, network_input, open_image, printable
 from gnt_reader import GntIndex, GntMember, GntReader, gnt_members, index_gnt, is_competition_file
 
 
@@ -66,6 +66,17 @@ class DrawnSource:
     trusted_only: bool = False
     strokes: str | None = None
     stroke_share: float | None = None
+
+    def load(self) -> None:
+        """Read the material, so that what has to be rendered first is rendered once and not by every worker."""
+        _material(self.folder, self.strokes)
+
+    def files(self) -> list[tuple[str, int]]:
+        """Return name and size of the files that the material is read from."""
+        from handwriting import PACKAGES
+
+        found = [path for package in PACKAGES if (path := package.find(self.folder))]
+        return [(path.name, path.stat().st_size) for path in (*found, *([Path(self.strokes)] if self.strokes else ()))]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         import handwriting
@@ -311,6 +322,12 @@ class MixedSource:
         return Batch(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
 
 
+def writers_of(index: GntIndex) -> np.ndarray:
+    """Return who wrote the samples of an index, each once; a file without a sample in it does not count."""
+    of_member = np.array([member.writer for member in index.members])
+    return np.unique(of_member[np.unique(index.member)])
+
+
 def split_by_writer(index: GntIndex, writers: int, seed: int = 0) -> tuple[GntIndex, GntIndex]:
     """Split an index in two that share no writer, so that validation measures unknown hands.
 
@@ -325,12 +342,11 @@ def split_by_writer(index: GntIndex, writers: int, seed: int = 0) -> tuple[GntIn
     Raises:
         FeedError: If no writer would be left to train on.
     """
-    of_member = np.array([member.writer for member in index.members])
-    names = np.unique(of_member)
+    names = writers_of(index)
     if writers >= len(names):
         raise FeedError(f'{writers} writers for validation leave none of {len(names)} to train on; use more files')
     aside = np.random.default_rng(seed).choice(names, writers, replace=False)
-    validation = np.isin(of_member, aside)[index.member]
+    validation = np.isin([member.writer for member in index.members], aside)[index.member]
     return index.select(~validation), index.select(validation)
 
 
@@ -365,6 +381,13 @@ def split_by_class(
     turn = rank - held[labels]  # negative: to measure with
     training = order[np.argsort(turn[order], kind='stable')][np.count_nonzero(turn < 0) :]
     return np.sort(training[:limit]), np.flatnonzero(turn < 0)
+
+
+def name_of(labels: Sequence[str]) -> str:
+    """Return in a few words which characters these are."""
+    if tuple(labels) == LABELS:
+        return 'the 3755 of GB2312 level 1'
+    return f'{len(labels)}: {"".join(labels[:20])}{"…" if len(labels) > 20 else ""}'
 
 
 def refuse_competition(paths: Iterable[str | os.PathLike]) -> list[GntMember]:

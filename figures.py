@@ -4,13 +4,17 @@ matplotlib takes a second to import, so it waits until the first figure is asked
 """
 
 import functools
+import os
+import unicodedata
+from bisect import bisect
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_utils import code_point, written_aside
+from data_utils import code_point, thumbnail, written_aside
 
 # Fonts with all 3755 characters, commonest first; any other font that has them is found after these.
 CJK_FONTS = [
@@ -21,6 +25,10 @@ CJK_FONTS = [
 
 _OVERVIEW_COLUMNS = 8
 OVERVIEW_SIZE = 12 * _OVERVIEW_COLUMNS
+# No picture is larger in an overview, whose columns have 160 pixels.
+THUMBNAIL = 128
+# Letters in a caption; Chinese characters are as wide as two.
+_CAPTION = 28
 
 # Written into every figure, so that a later run knows which pictures it may replace.
 _SOFTWARE = 'offline-hccr'
@@ -81,7 +89,8 @@ def answer_figure(image: np.ndarray, network_input: np.ndarray, activation_map: 
     figure = _new_figure((8, 4))
     left, right = figure.subplots(1, 2)
     left.imshow(image, cmap='gray', vmin=0, vmax=255)
-    left.set_title(f'prediction: {shown(character)}', font=cjk_font())
+    # A name, a label may hold any character: what looks like TeX is none.
+    left.set_title(f'prediction: {shown(character)}', font=cjk_font(), parse_math=False)
     right.imshow(network_input, cmap='gray', alpha=0.7)
     right.imshow(activation_map, cmap='jet', alpha=0.6)
     right.set_title('class activation map')
@@ -108,12 +117,28 @@ def overview_figure(entries: list[tuple[np.ndarray | None, str, str]]):
         axes.set_axis_off()
     for axes, (image, title, caption) in zip(grid.flat, entries, strict=False):
         if image is not None:
-            axes.imshow(image, cmap='gray', vmin=0, vmax=255)
-        axes.set_title(shown(title), font=cjk_font(), fontsize=12)
+            axes.imshow(thumbnail(image, THUMBNAIL), cmap='gray', vmin=0, vmax=255)
+        axes.set_title(shown(title), font=cjk_font(), fontsize=12, parse_math=False)
         axes.text(
-            0.5, -0.04, shown(caption), font=cjk_font(), fontsize=6, ha='center', va='top', transform=axes.transAxes
+            *(0.5, -0.04, _shortened(shown(caption))),
+            font=cjk_font(),
+            fontsize=6,
+            ha='center',
+            va='top',
+            transform=axes.transAxes,
+            parse_math=False,
         )
     return figure
+
+
+def _shortened(text: str) -> str:
+    """Return a caption that fits below its picture: a long one without its middle."""
+    widths = [2 if unicodedata.east_asian_width(character) in 'WF' else 1 for character in text]
+    if sum(widths) <= _CAPTION:
+        return text
+    head = bisect(list(accumulate(widths)), _CAPTION / 2)
+    tail = bisect(list(accumulate(reversed(widths))), _CAPTION / 2 - 1)
+    return f'{text[:head]}…{text[-tail:]}'
 
 
 def save(figure, path: Path) -> None:
@@ -129,15 +154,23 @@ def save(figure, path: Path) -> None:
         figure.savefig(aside, format='png', dpi=100, metadata={'Software': _SOFTWARE})
 
 
-def may_replace(path: Path) -> bool:
-    """Return whether a figure may be saved here: where nothing is, or a figure that `save` wrote."""
+def is_figure(path: Path) -> bool:
+    """Return whether this file is a figure that `save` wrote."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     try:
         with Image.open(path, formats=['PNG']) as picture:
             return picture.info.get('Software') == _SOFTWARE
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):  # no PNG, or a damaged one
+    except Exception:  # no PNG, or a damaged one, of which Pillow raises nearly anything
         return False
+
+
+def may_replace(path: Path) -> bool:
+    """Return whether a figure may be saved here: where nothing is, or a figure that `save` wrote.
+
+    Where nothing can be, because the name is too long for example, `save` says so.
+    """
+    return not os.path.lexists(path) or is_figure(path)
 
 
 def can_show() -> bool:

@@ -45,6 +45,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from command_line import message, whole_number
 from data_utils import LABEL_INDEX, LABELS, natural_key, printable, written_aside
 
 HEADER = struct.Struct('<I2sHH')
@@ -1148,12 +1149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; the interpreter must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as error:
-        errors.append(OSError(f'{error.filename}: {error.strerror}') if error.filename else error)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         errors.append(error)
     for error in errors:
-        print(f'gnt_reader.py: {printable(error)}', file=sys.stderr)
+        print(f'gnt_reader.py: {message(error)}', file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -1198,14 +1197,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         '--names', choices=('character', 'code'), default='character', help='names of the folders (default: character)'
     )
-    export.add_argument('--limit', metavar='N', type=_number, help='N samples of a character at most (default: all)')
+    export.add_argument(
+        '--limit', metavar='N', type=whole_number, help='N samples of a character at most (default: all)'
+    )
     export.add_argument(
         '--resume', action='store_true', help='go on with an interrupted export, same files and options'
     )
     export.set_defaults(run=_run_export)
 
     # A sheet of 100 × 100 samples has 84 megapixels: as much as a viewer takes.
-    few = functools.partial(_number, most=100)
+    few = functools.partial(whole_number, most=100)
     sheet = commands.add_parser(
         'sheet',
         parents=[shared, which],
@@ -1213,7 +1214,7 @@ def _parser() -> argparse.ArgumentParser:
         description='Draw samples, chosen by lot, side by side into one image, each above its GB code.',
         epilog='example: python gnt_reader.py sheet HWDB1.1/ sheet.png --only 峻峨',
     )
-    sheet.add_argument('out', metavar='OUT.png', help='the image to write, replaced if it is there')
+    sheet.add_argument('out', metavar='OUT.png', type=_png, help='the image to write, replaced if it is there')
     sheet.add_argument('--only', metavar='CHARACTERS', default='', help='samples of these characters only')
     sheet.add_argument('--columns', metavar='N', type=few, default=20, help='samples in a row (default: 20)')
     sheet.add_argument('--rows', metavar='N', type=few, default=12, help='rows at most (default: 12)')
@@ -1223,16 +1224,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(text: str, most: int = 10**9) -> int:
-    number = int(text) if re.fullmatch('[0-9]{1,10}', text) else 0
-    if not 0 < number <= most:
-        raise argparse.ArgumentTypeError(f'a number from 1 to {most}, not {text!r}')
-    return number
+def _png(text: str) -> str:
+    # Without OUT.png the last source would be taken for it, and replaced.
+    if Path(text).suffix.lower() != '.png':
+        raise argparse.ArgumentTypeError(f'the image to write ends in .png, received {text!r}')
+    return text
 
 
 def _run_info(options: argparse.Namespace, errors: list[Exception]) -> None:
     with _ProgressLine() as progress:
         index = index_gnt(options.sources, level1_only=False, strict=False, on_error=errors.append, progress=progress)
+    empty = [member for member in index.members if not member.size]
+    errors += [GntError('it is empty', member, next_step=_FETCH_AGAIN) for member in empty]
     if errors and not len(index):
         return
     for name, value in (*_summary(index), ('damaged', f'{len(errors):,} places')):
@@ -1245,7 +1248,7 @@ def _run_info(options: argparse.Namespace, errors: list[Exception]) -> None:
 
 
 def _summary(index: GntIndex) -> Iterator[tuple[str, str]]:
-    writers = sorted({member.writer for member in index.members}, key=natural_key)
+    writers = sorted({member.writer for member in index.members if member.size}, key=natural_key)
     labels = index.labels()
     known = np.unique(labels[labels >= 0])
     others = np.unique(index.tag_code[labels < 0])
@@ -1312,6 +1315,10 @@ class _ProgressLine:
 
 
 def _run_sheet(options: argparse.Namespace, errors: list[Exception]) -> None:
+    # These of os.path raise nothing: not for the home of nobody, nor for links that lead to each other.
+    out, *sources = (os.path.realpath(os.path.expanduser(path)) for path in (options.out, *options.sources))
+    if out in sources:
+        raise GntError('this is a source, and would be replaced', out, next_step='name another OUT.png')
     sheet = contact_sheet(
         options.sources,
         characters=options.only,
@@ -1323,7 +1330,7 @@ def _run_sheet(options: argparse.Namespace, errors: list[Exception]) -> None:
         on_error=errors.append,
     )
     if sheet is not None:
-        _write_png(Path(options.out).expanduser(), sheet)
+        _write_png(Path(out), sheet)
         print(f'{printable(options.out)}: {sheet.shape[1]} × {sheet.shape[0]} pixels')
     elif not errors:
         raise GntError('there is no such sample', ', '.join(options.sources), next_step='look with `info`')

@@ -20,6 +20,7 @@ import functools
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import re
@@ -30,13 +31,15 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_utils import LABEL_INDEX, LABELS, crop_to_ink, fit, written_aside
+from command_line import message, whole_number
+from data_utils import LABEL_INDEX, LABELS, crop_to_ink, fit, printable, written_aside
 
 POINTS = 16  # points a stroke is resampled to: enough for 乃's four corners, and the arrays stay small
 LINK_POINTS = 3  # points between two strokes, so that the link of a joined hand can bend
@@ -45,6 +48,12 @@ CACHE_NAME = 'handwriting-cache.npz'
 CACHE_FORMAT = 1
 EXTRA_WEIGHT = 0.5  # of skeletons given by --strokes, beside 1 for hanzi-writer-data
 
+
+# What the standard library raises on damaged, encrypted or unknown archives.
+_ARCHIVE_ERRORS = (
+    *(OSError, EOFError, ValueError, LookupError, RuntimeError),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 
 # One writing: the character, its centre lines in a unit box (y down), the numbers of its radical's strokes.
 Writing = tuple[str, list[np.ndarray], list[int]]
@@ -188,7 +197,7 @@ def read_members(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
             for member in archive:
                 if member.isfile() and match(member.name):
                     yield member.name, archive.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+    except _ARCHIVE_ERRORS as error:
         raise MaterialError(f'{path.name}: damaged archive ({error}). Delete it and download it again.') from error
 
 
@@ -517,7 +526,12 @@ def build_arrays(archives: dict[Package, Path]) -> dict[str, np.ndarray]:
         if package.kind == 'strokes':
             strokes[package.name] = read_strokes(parse_strokes(parsers[package.name], path, members))
         else:
-            fonts[package.name] = render_glyphs(content for _, content in members)
+            try:
+                fonts[package.name] = render_glyphs(content for _, content in members)
+            except (OSError, ValueError) as error:  # FreeType's own words, which name no file
+                raise MaterialError(
+                    f'{path.name}: a font in it is damaged ({error}). Delete it and download it again.'
+                ) from error
     reference = strokes.get('hanzi-writer-data')
     if reference is not None and 'kanjivg' in strokes:  # another stroke count means another shape: 辶 and 艹 of Japan
         drop_other_counts(strokes['kanjivg'], reference['count'])
@@ -570,7 +584,7 @@ def read_cache(path: Path, key: str) -> dict[str, np.ndarray] | None:
             large = ('glyphs', 'skeletons')
             arrays = {name: file[name] for name in file.files if name not in ('key', *large)}
         return arrays | {name: map_member(path, f'{name}.npy') for name in large}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (*_ARCHIVE_ERRORS, TypeError, struct.error):
         return None
 
 
@@ -591,10 +605,11 @@ def map_member(path: Path, name: str) -> np.ndarray:
 def write_cache(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Write the cache aside and rename it; a folder that cannot be written to goes without one."""
     try:
-        with written_aside(path) as aside:
+        with written_aside(path, shared=True) as aside:
             np.savez(aside, key=np.array(key), **arrays)
     except OSError as error:
-        print(f'{path}: no cache written ({error}); every start will take as long as this one', file=sys.stderr)
+        text = f'{path}: no cache written ({error}); every start will take as long as this one'
+        print(printable(text), file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------- drawing from strokes
@@ -1047,7 +1062,10 @@ def sample_batch(
 
 def download(folder: Path) -> int:
     """Fetch the archives of `PACKAGES` that `folder` lacks, with npm, pip and apt-get. Returns how many are missing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MaterialError(f'{folder}: this is a file, or lies in one; --download takes a folder') from error
     missing = 0
     for package in PACKAGES:
         if package.find(folder):
@@ -1069,7 +1087,8 @@ def download(folder: Path) -> int:
             print(f'{package.name}: fetched ({package.licence})')
         else:
             missing += 1
-            print(f'{package.name}: MISSING. {reason}. By hand: cd {folder} && {" ".join(command)}')
+            by_hand = f'cd {folder} && {" ".join(command)}'
+            print(printable(f'{package.name}: MISSING. {reason}. By hand: {by_hand}'))
     return missing
 
 
@@ -1129,7 +1148,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--speed', action='store_true', help='measure samples/s of one core')
     group = parser.add_argument_group('what to draw')
     group.add_argument('--characters', default='', help='draw these, a row each (default: a mixture)')
-    group.add_argument('--columns', type=int, default=16, help='samples a row of the sheet (default: %(default)s)')
+    group.add_argument(
+        '--columns', type=whole_number, default=16, help='samples a row of the sheet (default: %(default)s)'
+    )
     group.add_argument(
         '--seed', type=int, default=0, help='number of the endless set of samples (default: %(default)s)'
     )
@@ -1150,8 +1171,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error('give a material folder, or --download DIR to fetch one')
     if args.material and not (args.sheet or args.speed or args.download):
         parser.error('nothing to do: give --sheet PNG or --speed')
-    if args.columns < 1 or args.seed < 0 or not 0 <= args.stroke_share <= 1:
-        parser.error('--columns must be 1 or more, --seed 0 or more, --stroke-share within 0..1')
+    if args.seed < 0 or not 0 <= args.stroke_share <= 1:
+        parser.error('--seed must be 0 or more, --stroke-share within 0..1')
     return args
 
 
@@ -1159,10 +1180,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 fine, 1 error, 130 Ctrl-C."""
     args = parse_arguments(arguments)
     try:
+        import cv2  # noqa: F401 (before any work: it draws, and thins the glyphs of the first load)
+
         if args.download:
             missing = download(args.download)
             Material.load(args.download)
-            print(f'{len(PACKAGES) - missing} of {len(PACKAGES)} packages in {args.download}')
+            print(f'{len(PACKAGES) - missing} of {len(PACKAGES)} packages in {printable(args.download)}')
         if args.material:
             options = replace(DEFAULT_OPTIONS, stroke_share=args.stroke_share)
             if args.trusted:
@@ -1170,11 +1193,11 @@ def main(arguments: list[str] | None = None) -> int:
             material = Material.load(args.material, args.strokes)
             if args.sheet:
                 write_sheet(args.sheet, material, args, options)
-                print(f'wrote {args.sheet}')
+                print(f'wrote {printable(args.sheet)}')
             if args.speed:
                 print(f'{speed(material, args.seed, options):.0f} samples/s on one core')
-    except MaterialError as error:
-        print(error, file=sys.stderr)
+    except (MaterialError, OSError, ModuleNotFoundError) as error:
+        print(message(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

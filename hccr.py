@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_utils import ImageError, network_input, open_image, printable
+from data_utils import ImageError, network_input, open_image, printable, thumbnail
 from inference import BATCH_SIZES, KerasRuntime, LiteRtRuntime, Runtime, activation_maps, enlarge, usable_cores
-from model_file import ModelFileError, ModelInfo, default_model
+from model_file import TEMPERATURES, ModelFileError, ModelInfo, default_model
 
 # Neither Keras nor LiteRT up here: which of them is needed, and whether it is there, the model decides.
 
@@ -82,7 +82,7 @@ class HCCR:
         FileNotFoundError, model_file.ModelFileError: If the model file is missing or not what it should be, or what
             runs it is not installed.
         ValueError: If the labels do not fit the network, if it does not read square gray images, or if the
-            temperature is not above 0.
+            temperature is not within 0.001..1000.
 
     Example:
 
@@ -104,8 +104,9 @@ class HCCR:
         self.labels = tuple(labels)
         self.temperature = 1.0 if temperature is None else float(temperature)
         self.crop = crop
-        if not 0 < self.temperature < np.inf:
-            raise ValueError(f'temperature is a number above 0, received {temperature!r}')
+        low, high = TEMPERATURES
+        if not low <= self.temperature <= high:
+            raise ValueError(f'temperature is a number from {low:g} to {high:g}, received {temperature!r}')
         if len(self.labels) != self.runtime.num_classes:
             raise ValueError(f'{len(self.labels)} labels do not fit a network of {self.runtime.num_classes} classes')
         self._characters = np.array(self.labels)
@@ -238,7 +239,7 @@ class HCCR:
             try:
                 picture = source if is_open else open_image(path, reduced=self.crop)
                 reading = Reading(path, network_input=network_input(picture, self.crop, self.size))
-                return reading._replace(image=_thumbnail(picture)) if with_images else reading
+                return reading._replace(image=thumbnail(picture, _THUMBNAIL)) if with_images else reading
             except ImageError as error:
                 return Reading(path, error=str(error))
             except MemoryError:
@@ -299,7 +300,7 @@ class HCCR:
         )
         for start in range(0, len(inputs), BATCH_SIZES[-1]):
             outputs = self.runtime.run(inputs[start : start + BATCH_SIZES[-1]])
-            probabilities.append(_softmax(outputs.logits / np.float32(self.temperature)))
+            probabilities.append(_softmax(outputs.logits, self.temperature))
             if with_maps:
                 best = outputs.logits.argmax(axis=1)
                 small = activation_maps(outputs.features, self._classifier, best, relative=True)
@@ -321,7 +322,7 @@ def _runtime(model, precision: str):
         runtime = LiteRtRuntime(model)
         return runtime, None, runtime.info
     network, info = _load_keras(model)
-    return KerasRuntime(network, precision), network, info
+    return KerasRuntime(network, precision, model), network, info
 
 
 def _load_keras(path) -> tuple[object, ModelInfo]:
@@ -346,14 +347,8 @@ def _best(probabilities: np.ndarray, count: int) -> np.ndarray:
     return np.take_along_axis(best, order, axis=1)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    # The largest is taken off first: what overflows then is far below it, and its probability is 0.
+    with np.errstate(over='ignore'):
+        powers = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
     return powers / powers.sum(axis=1, keepdims=True)
-
-
-def _thumbnail(picture: np.ndarray) -> np.ndarray:
-    from PIL import Image
-
-    small = Image.fromarray(picture)
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return np.asarray(small)

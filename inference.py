@@ -9,6 +9,7 @@ are what the classifier sees, so that both together give the class activation ma
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,17 +46,27 @@ class Runtime(Protocol):
     num_classes: int
 
     def run(self, inputs: np.ndarray) -> Outputs:
-        """Run the network.
+        """Run the network. Several threads may do so at once.
 
         Args:
             inputs: Array of shape `(n, height, width)`, n from 1 to 64, values 0..255, ink bright on 0.
 
         Returns:
             `Outputs` for the n images.
+
+        Raises:
+            model_file.ModelFileError: If a logit is not finite.
         """
 
     def classifier(self) -> np.ndarray:
         """Return the classifier's weights, float32 `(channels, classes)`."""
+
+
+def _finite(path, outputs: Outputs) -> Outputs:
+    """Return what a network gives; refuse what is no number, of which a softmax would make a confident answer."""
+    if not np.isfinite(outputs.logits).all():
+        raise ModelFileError(path, 'its answers are not numbers')
+    return outputs
 
 
 # --- Keras -----------------------------------------------------------------------------------------------------------
@@ -73,6 +84,7 @@ class KerasRuntime:
         precision: `'float32'`, `'bfloat16'`, or `'auto'`, which is bfloat16 where this halves the time at no loss that
             could be measured: on processors that multiply bfloat16, without depthwise convolutions. Defaults to
             `'auto'`.
+        path: The file that the network is from, for errors to name. Defaults to the name of the network.
 
     Attributes:
         model: The network as it was given.
@@ -82,10 +94,11 @@ class KerasRuntime:
         ValueError: If the precision is none of these, or the network does not end in global pooling and a classifier.
     """
 
-    def __init__(self, model, precision='auto'):
+    def __init__(self, model, precision='auto', path: str | os.PathLike | None = None):
         if precision not in PRECISIONS:
             raise ValueError(f'precision is one of {", ".join(PRECISIONS)}, received {precision!r}')
         self.model = model
+        self._path = path or model.name
         self.precision = _best_precision(model) if precision == 'auto' else precision
         self.input_shape = tuple(model.input_shape[1:])
         self.num_classes = model.output_shape[-1]
@@ -98,7 +111,8 @@ class KerasRuntime:
         size = next((size for size in BATCH_SIZES if size >= len(inputs)), len(inputs))
         padded = np.zeros((size, *self.input_shape), np.float32)
         padded[: len(inputs), ..., 0] = inputs
-        return Outputs(*(np.asarray(output)[: len(inputs)] for output in self._call(padded)))
+        outputs = Outputs(*(np.asarray(output)[: len(inputs)] for output in self._call(padded)))
+        return _finite(self._path, outputs)
 
     def classifier(self) -> np.ndarray:
         """See `Runtime.classifier`."""
@@ -229,7 +243,7 @@ def _best_precision(model) -> str:
 
     # Processors have no fast depthwise convolution in bfloat16.
     plain = not any(isinstance(layer, layers.DepthwiseConv2D) for layer in model.layers)
-    if plain and keras.backend.backend() == 'tensorflow' and _multiplies_bfloat16():
+    if plain and keras.backend.backend() == 'tensorflow' and multiplies_bfloat16():
         import tensorflow as tf
 
         if not tf.config.list_physical_devices('GPU'):
@@ -237,7 +251,7 @@ def _best_precision(model) -> str:
     return 'float32'
 
 
-def _multiplies_bfloat16(cpuinfo='/proc/cpuinfo') -> bool:
+def multiplies_bfloat16(cpuinfo='/proc/cpuinfo') -> bool:
     """Whether this processor has instructions for bfloat16; where the system does not say so, it has not."""
     try:
         text = Path(cpuinfo).read_text(encoding='utf-8', errors='replace')
@@ -282,31 +296,29 @@ class LiteRtRuntime:
         self._threads = threads or usable_cores()
         # Created now: it is where a damaged file shows, and the first image waits for nothing else.
         self._workers = [_Worker(path, self._content, self.info, self._threads)]
+        self._one_at_a_time = threading.Lock()  # an interpreter serves one thread, and all are busy in a run
         self._pool = ThreadPoolExecutor(max_workers=self._threads, thread_name_prefix='network')
 
     def run(self, inputs: np.ndarray) -> Outputs:
-        """See `Runtime.run`.
+        """See `Runtime.run`."""
+        with self._one_at_a_time:
+            answers = self._answers(inputs)
+        return _finite(self._path, Outputs(*(np.stack(parts) for parts in zip(*answers, strict=True))))
 
-        Raises:
-            model_file.ModelFileError: If an answer is not finite.
-        """
+    def _answers(self, inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         if len(inputs) == 1 or self._threads == 1:
-            answers = [self._workers[0](image) for image in inputs]
-        else:
-            while len(self._workers) <= self._threads:
-                self._workers.append(_Worker(self._path, self._content, self.info, 1))
-            answers = [None] * len(inputs)
-            left = iter(range(len(inputs)))
+            return [self._workers[0](image) for image in inputs]
+        while len(self._workers) <= self._threads:
+            self._workers.append(_Worker(self._path, self._content, self.info, 1))
+        answers = [None] * len(inputs)
+        left = iter(range(len(inputs)))
 
-            def work(worker):
-                for index in left:  # whoever is free takes the next image
-                    answers[index] = worker(inputs[index])
+        def work(worker):
+            for index in left:  # whoever is free takes the next image
+                answers[index] = worker(inputs[index])
 
-            list(self._pool.map(work, self._workers[1:]))
-        outputs = Outputs(*(np.stack(parts) for parts in zip(*answers, strict=True)))
-        if not np.isfinite(outputs.logits).all():
-            raise ModelFileError(self._path, 'its answers are not numbers')
-        return outputs
+        list(self._pool.map(work, self._workers[1:]))
+        return answers
 
     def classifier(self) -> np.ndarray:
         """See `Runtime.classifier`.
@@ -314,7 +326,8 @@ class LiteRtRuntime:
         Raises:
             model_file.ModelFileError: If the file does not hold one matrix of that shape.
         """
-        return self._workers[0].matrix(self.num_classes).T
+        with self._one_at_a_time:
+            return self._workers[0].matrix(self.num_classes).T
 
 
 class _Worker:
@@ -334,14 +347,24 @@ class _Worker:
         except ModelFileError:
             raise
         except Exception as error:  # a plain RuntimeError or ValueError, with the text of the C++ library
-            reason = str(error).strip().partition('\n')[0]
-            raise ModelFileError(path, f'damaged TensorFlow Lite model ({reason})', 'export it again') from error
+            raise self._damaged(error) from error
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits `(classes,)` and weighted features `(height, width, channels)` of one image."""
-        self._interpreter.set_tensor(self._input['index'], image.astype(self._input['dtype'])[None, ..., None])
-        self._interpreter.invoke()
-        return tuple(self._interpreter.get_tensor(output['index'])[0] for output in self._outputs)
+        """Return logits `(classes,)` and weighted features `(height, width, channels)` of one image.
+
+        Raises:
+            model_file.ModelFileError: If LiteRT cannot run the network.
+        """
+        try:
+            self._interpreter.set_tensor(self._input['index'], image.astype(self._input['dtype'])[None, ..., None])
+            self._interpreter.invoke()
+            return tuple(self._interpreter.get_tensor(output['index'])[0] for output in self._outputs)
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ModelFileError:
+        reason = str(error).strip().partition('\n')[0]
+        return ModelFileError(self._path, f'damaged TensorFlow Lite model ({reason})', 'export it again')
 
     def matrix(self, num_classes: int) -> np.ndarray:
         """Return the classifier's matrix `(classes, channels)`."""

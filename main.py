@@ -20,7 +20,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-# Only the standard library up here: TensorFlow takes seconds to import, and loads while the user answers.
+from command_line import message, quiet_libraries
+
+# Nothing heavy up here: TensorFlow takes seconds to import, and loads while the user answers.
 
 BANNER = """\
 ---------- Offline Handwritten Chinese Character Recognizer ----------
@@ -88,7 +90,7 @@ def ask(question: str, parse: Callable, default: str, read: Callable[[], str] = 
         EOFError, KeyboardInterrupt: If the user leaves.
     """
     while True:
-        # Not by `input`, which writes to file descriptor 2 on a terminal: see `_quiet_libraries`.
+        # Not by `input`, which writes to file descriptor 2 on a terminal: see `quiet_start`.
         print(question, end='', flush=True)
         answer = read().strip()
         try:
@@ -340,7 +342,7 @@ def other_pictures(folder: Path, paths: list[Path]) -> list[Path]:
         raise ValueError(f'{folder}: this is a file; --plot takes a folder for the figures') from error
     where = folder.resolve()
     here = {parent for parent in {path.parent for path in paths} if parent.resolve() == where}
-    others = [path for path in paths if path.parent not in here or not figures.may_replace(path)]
+    others = [path for path in paths if path.parent not in here or not figures.is_figure(path)]
     if any(path.parent in here for path in others):
         raise ValueError(f'{folder}: images that are read lie here; figures need a folder of their own')
     if len(others) < len(paths):
@@ -350,14 +352,15 @@ def other_pictures(folder: Path, paths: list[Path]) -> list[Path]:
 
 
 def _overview_entry(reading):
-    from data_utils import printable
+    import figures
+    from data_utils import printable, thumbnail
 
     if reading.error:
         return None, '–', printable(reading.path.name)
     best = reading.candidates[0]
     doubt = '' if reading.is_sure else '?'
     title = f'{best.character}{doubt} {best.probability:.0%}'
-    return reading.image, title, printable(reading.path.name)
+    return thumbnail(reading.image, figures.THUMBNAIL), title, printable(reading.path.name)
 
 
 def answer(recogniser, paths: list[Path], count: int, format: str, plotter: Plotter) -> list:
@@ -365,6 +368,7 @@ def answer(recogniser, paths: list[Path], count: int, format: str, plotter: Plot
     from data_utils import expect_large_pictures
 
     expect_large_pictures()
+    count = min(count, len(recogniser.labels))  # a network of one's own may know fewer
     failed = []
     writer, progress = Writer(format, with_names=len(paths) > 1), Progress(len(paths))
     for reading in recogniser.read(paths, count, plotter.wants_images):
@@ -403,7 +407,7 @@ class Loading:
 
     def _load(self) -> None:
         try:
-            with _quiet_libraries():
+            with quiet_start():
                 from hccr import HCCR
 
                 self._recogniser = HCCR(**self._arguments)
@@ -562,28 +566,15 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _quiet_libraries():
-    """Keep what compiled libraries write straight to file descriptor 2 off the terminal, while they start.
+def quiet_start():
+    """Return what keeps the messages of libraries off the terminal while they start.
 
-    TensorFlow tells of every processor extension and of every GPU that is not there, whatever its log level. Python's
-    own messages go on, since `main` has given `sys.stderr` a descriptor of its own.
+    That is nothing where `sys.stderr` would go as well, since `move_stderr` has not given it a descriptor of its own.
     """
-    try:
-        if sys.stderr.fileno() == 2:
-            yield
-            return
-        terminal = os.dup(2)
-    except (OSError, ValueError, AttributeError):  # no such descriptor, as under pythonw or in tests
-        yield
-        return
-    with open(os.devnull, 'wb') as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no descriptor, as under pythonw or in tests
+        if sys.stderr.fileno() != 2:
+            return quiet_libraries()
+    return contextlib.nullcontext()
 
 
 def move_stderr() -> None:
@@ -642,9 +633,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def complain(error: Exception) -> int:
     """Say what is wrong, in one line, and return the exit status."""
-    from data_utils import printable
-
-    print(f'main.py: {printable(error)}', file=sys.stderr)
+    print(f'main.py: {message(error)}', file=sys.stderr)
     return EXIT_ERROR
 
 

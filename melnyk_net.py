@@ -7,12 +7,17 @@ five groups, then global weighted average pooling (`pooling`) and one dense laye
     python melnyk_net.py export melnyk_net.h5 melnyk_net.tflite --int8     for other programs, see `export`
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+
+if __name__ == '__main__':
+    # Before Keras is imported, which takes seconds and may not be installed.
+    from export import main
+
+    sys.exit(main())
 
 import h5py
 import keras
@@ -240,34 +245,3 @@ def _quiet_absl() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-# --- The command line ------------------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    import export
-
-    parser = argparse.ArgumentParser(prog='melnyk_net.py', description='What is done with a model file.')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    command = commands.add_parser(
-        'export',
-        help='export the network for other programs',
-        description=export.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    export.add_arguments(command)
-    options = parser.parse_args(arguments)
-    try:
-        export.run(options)
-    except (ValueError, OSError) as error:
-        print(f'melnyk_net.py: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import math
 import mmap
 import os
 import re
@@ -44,6 +43,8 @@ _MAX_DESCRIPTION = 2**20
 _MAX_BYTES = 512 * 2**20
 _MAX_CLASSES = 30_000
 _MAX_SIDE = 512
+# Those of real networks are near 1; beyond these the probabilities are no numbers, or all the same.
+TEMPERATURES = (1e-3, 1e3)
 
 # The name of the pooling layer in the file says which of the three a network has.
 POOLING_NAMES = {
@@ -68,7 +69,8 @@ class ModelInfo(NamedTuple):
     global_average_type: str
     labels: tuple[str, ...]
     temperature: float
-    """The classifier's logits are divided by this before the softmax, so that the confidences come true."""
+    """The classifier's logits are divided by this, 0.001 to 1000, before the softmax, so that the confidences come
+    true."""
     note: str
     """Where the weights come from: a short model card."""
     architecture: str = 'melnyk_net'
@@ -92,8 +94,9 @@ class ModelInfo(NamedTuple):
             raise ValueError('a label occurs twice')
         if len(info.labels) == len(LABELS) and info.labels != LABELS:
             raise ValueError('3755 labels that are not the published class order')
-        if not (isinstance(info.temperature, float) and math.isfinite(info.temperature) and info.temperature > 0):
-            raise ValueError(f'temperature is a positive number, received {info.temperature!r}')
+        low, high = TEMPERATURES
+        if not (isinstance(info.temperature, float) and low <= info.temperature <= high):
+            raise ValueError(f'temperature is a number from {low:g} to {high:g}, received {info.temperature!r}')
         if not isinstance(info.note, str) or not isinstance(info.architecture, str):
             raise ValueError(f'note and architecture are texts, received {info.note!r} and {info.architecture!r}')
         return info
@@ -362,7 +365,8 @@ class ModelFile:
             shape: What it has to have.
 
         Raises:
-            ModelFileError: If it is missing, not stored in the file itself, of another shape, or not finite.
+            ModelFileError: If it is missing, not stored in the file itself, of another shape, or not finite, or if it
+                is a variance below 0.
         """
         dataset = self._dataset(layer, name)
         if dataset.shape != shape:
@@ -370,6 +374,8 @@ class ModelFile:
         values = dataset[()].astype(np.float32)
         if not np.isfinite(values).all():
             raise ModelFileError(self._path, f'{layer}/{name} has values that are not finite')
+        if name == 'moving_variance' and (values < 0).any():
+            raise ModelFileError(self._path, f'{layer}/{name} has values below 0')
         return values
 
     def _member(self, group, name):

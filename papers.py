@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
 
 def on_page(ink: np.ndarray, side: float = 2.4, at: tuple[float, float] = (0.25, 0.4)) -> np.ndarray:
@@ -35,7 +36,7 @@ def coloured(page: np.ndarray, paper: tuple[int, int, int]) -> np.ndarray:
 def lit(page: np.ndarray, darkest: float = 0.4) -> np.ndarray:
     """Light a page from one side: on the other, a part of `darkest` of the light arrives."""
     slope = np.linspace(1, darkest, page.shape[1])[None] * np.linspace(1, 0.8, page.shape[0])[:, None]
-    return (page * slope).astype(np.uint8)
+    return (page * slope.reshape(*slope.shape, *[1] * (page.ndim - 2))).astype(np.uint8)
 
 
 def shadowed(page: np.ndarray) -> np.ndarray:
@@ -60,7 +61,7 @@ def ruled(page: np.ndarray, colour: tuple[int, int, int], boxed: bool = False) -
             lines[at : at + thick, edge : width - edge] = colour
             lines[edge : height - edge, at : at + thick] = colour
     else:
-        for at in range(height // 16, height, height // 6):
+        for at in range(height // 16, height, max(1, height // 6)):
             lines[at : at + thick] = colour
     return np.minimum(page[..., None], lines).astype(np.uint8)
 
@@ -74,6 +75,18 @@ def dusty(page: np.ndarray) -> np.ndarray:
     """Sprinkle dust over a page, one speck on 2500 pixels."""
     specks = np.random.default_rng(page.size).random(page.shape) < 4e-4
     return np.where(specks, np.minimum(page, 90), page).astype(np.uint8)
+
+
+def on_desk(page: np.ndarray, turn: float) -> np.ndarray:
+    """Lay a sheet on a wooden desk, turned by some degrees. Returns uint8 `(height, width, 3)`."""
+    sheet = Image.fromarray(page).rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    mask = Image.new('L', page.shape[::-1], 255).rotate(turn, Image.Resampling.BICUBIC, expand=True)
+    height, width = round(1.3 * sheet.height), round(1.6 * sheet.width)
+    streaks = 1 + 0.15 * np.sin(np.arange(width) * (60 / width))
+    wood = (np.full((height, width, 1), streaks[:, None]) * np.array((95, 65, 45))).astype(np.uint8)
+    desk = Image.fromarray(wood)
+    desk.paste(sheet, ((width - sheet.width) // 2, (height - sheet.height) // 2), mask)
+    return np.asarray(desk)
 
 
 RED, BLACK = (225, 90, 90), (30, 30, 30)
@@ -90,6 +103,8 @@ PAPERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'light from one side, tight': lit,
     'shadow across': lambda ink: shadowed(on_page(ink)),
     'uneven light and grain': lambda ink: grainy(lit(on_page(ink))),
+    'sheet on a desk': lambda ink: grainy(on_desk(on_page(ink), 0)),
+    'sheet on a desk, turned and lit': lambda ink: lit(on_desk(on_page(ink), 2), 0.6),
     'red ruled paper': lambda ink: ruled(on_page(ink), RED),
     'black ruled paper': lambda ink: ruled(on_page(ink), BLACK),
     'red grid': lambda ink: ruled(on_page(ink), RED, boxed=True),

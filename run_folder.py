@@ -77,13 +77,30 @@ class RunFolder:
         self.path = Path(path)
         self.rows: list[dict] = []
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is a run, and a state to go on from."""
+        return all((self.path / name).exists() for name in ('config.json', 'state.npz'))
+
     def refuse_existing(self) -> None:
         """Raise `RunFolderError` if the folder holds a run, which is not overwritten."""
-        if (self.path / 'config.json').exists():
+        if self.can_go_on:
             raise RunFolderError(f'{self.path} holds a run; go on with --resume {self.path}, or name another --out')
+        if (self.path / 'config.json').exists():
+            raise RunFolderError(f'{self.path} holds a run without a saved state; delete it, or name another --out')
 
-    def start(self, config: dict) -> None:
-        """Make the folder and keep the configuration.
+    def start(
+        self, config: dict, arrays: Sequence[np.ndarray], counters: dict, pictures: Iterable[Picture] = ()
+    ) -> None:
+        """Make the folder, with all that is needed to go on from the first step.
+
+        The configuration comes last: a run that is there at all can go on.
+
+        Args:
+            config: What was asked for, as JSON.
+            arrays: See `save_state`.
+            counters: See `save_state`.
+            pictures: See `keep_pictures`.
 
         Raises:
             RunFolderError: If it holds a run, which is not overwritten.
@@ -91,6 +108,9 @@ class RunFolder:
         self.refuse_existing()
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        if pictures:
+            self.keep_pictures(pictures)
+        self.save_state(arrays, counters)
         with written_aside(self.path / 'config.json') as path:
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 

@@ -27,22 +27,22 @@ interruptions: a run that is stopped and resumed gives the same curve.
 
 import argparse
 import contextlib
-import functools
+import hashlib
+import importlib.util
+import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
 import numpy as np
-from keras import ops
 
+from command_line import message, quiet_libraries, whole_number
 from data_utils import LABEL_INDEX, LABELS, find_images, printable
 from feed import (
     Batch,
@@ -53,17 +53,20 @@ from feed import (
     ImageSource,
     MixedSource,
     Source,
+    name_of,
     refuse_competition,
     refuse_competition_pictures,
     split_by_class,
     split_by_writer,
     training_index,
     unreadable_pictures,
+    writers_of,
 )
 from handwriting import MaterialError
-from melnyk_net import ARCHITECTURES, load_model, save_model
-from pooling import POOLINGS
+from model_file import POOLING_NAMES
 from run_folder import Picture, RunFolder, RunFolderError
+
+# Keras takes seconds to import, and is not needed to answer --help or a typing error: what needs it is in `learner`.
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ OWN_FROM_NOTHING = replace(OWN, epochs=100, learning_rate=1e-3, warmup=50, avera
 VALIDATION_SHARE = 0.2
 MOST_VALIDATIONS = 20  # of a run on pictures: a pass may be a few steps, and a model takes a second to save
 
-# What a network is computed in, unless --precision says otherwise.
+# What each network is computed in, unless --precision says otherwise or the processor cannot, see `fast_precision`.
 PRECISIONS = {
     'melnyk_net': 'bfloat16',  # twice as fast as float32, and no worse
     'mobilenet_v3_small': 'float32',  # processors have no fast depthwise convolution in bfloat16
@@ -150,280 +153,10 @@ PRECISIONS = {
 
 LOWEST_RATE = 1e-6  # of `plateau`
 COSINE_FLOOR = 0.02  # share of the learning rate at the end of the cosine
-AVERAGE_EVERY = 10  # steps between two updates of the average of the weights: copying them costs time on an accelerator
 
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the text says why and what to do next."""
-
-
-# --- What one step computes ------------------------------------------------------------------------------------------
-
-
-class TrainingModel(keras.Model):
-    """A student with its loss: batches of network inputs in, logits out.
-
-    Args:
-        student: Network whose classifier gives logits.
-        teacher: Model that gives logits of the same classes, or `None`.
-        label_weight: Weight of the label's cross-entropy beside the teacher's.
-        temperature: Divides both logits before they are compared (G. Hinton et al., arXiv 1503.02531).
-
-    Input shape:
-        `(batch, 96, 96)` uint8. Student and teacher see it at the size that each was built for. Where the teacher has
-        answered before: a tuple of that and its logits, `(batch, num_classes)` of any precision.
-
-    Output shape:
-        `(batch, num_classes)` float32.
-    """
-
-    def __init__(self, student: keras.Model, teacher: keras.Model | None, label_weight: float, temperature: float):
-        super().__init__(dtype='float32', name='training')
-        self.student = student
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.trainable = False
-        self.label_weight = label_weight
-        self.temperature = temperature
-
-    def call(self, inputs, training=None):
-        images = inputs[0] if isinstance(inputs, tuple) else inputs
-        return ops.cast(self.student(resized(images, self.student.input_shape[1]), training=training), 'float32')
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # y: (batch,) class indices; sample_weight: (batch,) 1 where the label is trusted, else 0
-        y, sample_weight = ops.convert_to_tensor(y), ops.convert_to_tensor(sample_weight)  # PyTorch gets them as arrays
-        labelled = ops.mean(sample_weight * ops.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
-        if not training:
-            return labelled
-        loss = sum(self.losses, start=ops.zeros(()))  # the L2 terms
-        if isinstance(x, tuple):
-            target = x[1]
-        elif self.teacher is not None:
-            target = ops.stop_gradient(self.teacher(resized(x, self.teacher.input_shape[1]), training=False))
-        else:
-            return loss + labelled
-        target = ops.log_softmax(ops.cast(target, 'float32') / self.temperature)  # (batch, classes)
-        answer = ops.log_softmax(y_pred / self.temperature)
-        divergence = ops.mean(ops.sum(ops.exp(target) * (target - answer), axis=-1))
-        # The gradient of a softened softmax is smaller by the temperature squared.
-        return loss + self.temperature**2 * divergence + self.label_weight * labelled
-
-
-class ClassCounts(keras.metrics.Metric):
-    """Counts for each class the samples that are right, and all of them; what macro recall is made of.
-
-    Result shape:
-        `(2, num_classes)` float32: right, all; samples of no weight are not counted.
-    """
-
-    def __init__(self, num_classes: int, name: str = 'classes'):
-        super().__init__(name=name)
-        self.num_classes = num_classes
-        self.counts = self.add_variable((2, num_classes), initializer='zeros', name='counts')
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        y_true = ops.reshape(ops.cast(y_true, 'int32'), (-1,))
-        weight = ops.ones_like(y_true, 'float32') if sample_weight is None else ops.cast(sample_weight, 'float32')
-        weight = ops.reshape(weight, (-1,))
-        right = weight * ops.cast(ops.cast(ops.argmax(y_pred, axis=-1), 'int32') == y_true, 'float32')
-        # A product of matrices, which every backend shares among devices.
-        self.counts.assign_add(ops.matmul(ops.stack([right, weight]), ops.one_hot(y_true, self.num_classes)))
-
-    def result(self):
-        return ops.convert_to_tensor(self.counts)
-
-
-def macro_recall(counts: np.ndarray) -> float:
-    """Return the mean recall of the classes that have samples, given (2, classes) counts of right and all; 0..1."""
-    right, samples = counts[:, counts[1] > 0]
-    return float(np.mean(right / samples)) if samples.size else 0.0
-
-
-def resized(images, size: int):
-    """Return `(batch, h, h)` images of any dtype as float32 `(batch, size, size, 1)`: each pixel a mean of an area."""
-    images = ops.cast(images, 'float32')
-    if images.shape[1] != size:
-        areas = ops.convert_to_tensor(area_weights(images.shape[1], size))
-        images = ops.einsum('yi,bij,xj->byx', areas, images, areas)
-    return ops.expand_dims(images, -1)
-
-
-def area_weights(old: int, new: int) -> np.ndarray:
-    """Return the float32 `(new, old)` matrix that takes means over areas; its rows sum to 1."""
-    edges = np.linspace(0, old, new + 1)
-    pixels = np.arange(old)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (np.maximum(overlap, 0) * (new / old)).astype(np.float32)
-
-
-def batch_normalization(momentum: float) -> Callable[..., keras.layers.Layer]:
-    """Return what makes the layer after each convolution: the fastest with the same weights and the same result."""
-    layer = keras.layers.BatchNormalization
-    if keras.backend.backend() == 'tensorflow':
-        import tensorflow as tf
-
-        if not tf.config.list_physical_devices('GPU'):
-            layer = _fused_batch_normalization()
-    return functools.partial(layer, momentum=momentum)
-
-
-@functools.cache
-def _fused_batch_normalization() -> type[keras.layers.Layer]:
-    import tensorflow as tf
-
-    class FusedBatchNormalization(keras.layers.BatchNormalization):
-        """Batch normalization by TensorFlow's fused operation: on a processor a training step takes 0.6 of the time."""
-
-        def call(self, inputs, training=None, mask=None):
-            training = bool(training) and self.trainable
-            empty = tf.zeros((0,))
-            outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=inputs,
-                scale=tf.convert_to_tensor(self.gamma),
-                offset=tf.convert_to_tensor(self.beta),
-                mean=empty if training else tf.convert_to_tensor(self.moving_mean),
-                variance=empty if training else tf.convert_to_tensor(self.moving_variance),
-                epsilon=self.epsilon,
-                is_training=training,
-            )
-            if training:
-                # The fused operation returns the unbiased variance, Keras keeps the biased one.
-                count = tf.cast(tf.size(inputs) / tf.shape(inputs)[-1], tf.float32)
-                variance = variance * (count - 1) / count
-                self.moving_mean.assign(self.moving_mean * self.momentum + mean * (1 - self.momentum))
-                self.moving_variance.assign(self.moving_variance * self.momentum + variance * (1 - self.momentum))
-            return outputs
-
-    return FusedBatchNormalization
-
-
-def to_numpy(variable) -> np.ndarray:
-    """Return the value of a variable of any backend."""
-    return ops.convert_to_numpy(variable.value)
-
-
-def as_logits(model: keras.Model) -> keras.Model:
-    """Make a classifier give logits, whether it ends in a softmax or not. The model itself is changed."""
-    last = model.layers[-1]
-    if getattr(last, 'activation', None) is keras.activations.softmax:
-        last.activation = keras.activations.linear
-    return model
-
-
-def load_teacher(path: str | os.PathLike, labels: Sequence[str], precision: str) -> keras.Model:
-    """Load a teacher: any Keras model with our input and class order, or a model file of this project.
-
-    Args:
-        path: `.keras` or `.h5`.
-        labels: The classes whose logits it has to give, in order.
-        precision: `'bfloat16'` or `'float32'`.
-
-    Raises:
-        TrainingError: If it cannot be loaded or does not fit.
-    """
-    num_classes = len(labels)
-    try:
-        if Path(path).suffix in ('.h5', '.hdf5'):
-            teacher, info = load_model(path)
-            if info.labels != tuple(labels):
-                raise TrainingError(
-                    f'{path}: a teacher knows the same characters; this one knows {name_of(info.labels)}'
-                )
-        else:
-            teacher = keras.models.load_model(path, compile=False)
-    except (ValueError, OSError, TypeError) as error:
-        raise TrainingError(f'{path}: not a teacher that Keras can load ({error})') from error
-    if len(teacher.input_shape) != 4 or teacher.input_shape[-1] != 1 or teacher.output_shape[-1] != num_classes:
-        raise TrainingError(
-            f'{path}: a teacher reads (height, width, 1) and gives {num_classes} logits; '
-            f'this one reads {teacher.input_shape[1:]} and gives {teacher.output_shape[1:]}'
-        )
-
-    def at_precision(layer):
-        config = layer.get_config()
-        # A mean image is subtracted before rounding, else the rounding would be of the sum.
-        if precision == 'bfloat16' and not isinstance(layer, keras.layers.Normalization | keras.layers.InputLayer):
-            config['dtype'] = 'mixed_bfloat16'
-        return type(layer).from_config(config)
-
-    copy = keras.models.clone_model(teacher, clone_function=at_precision)
-    copy.set_weights(teacher.get_weights())
-    return as_logits(copy)
-
-
-def name_of(labels: Sequence[str]) -> str:
-    """Return in a few words which characters these are."""
-    if tuple(labels) == LABELS:
-        return 'the 3755 of GB2312 level 1'
-    return f'{len(labels)}: {"".join(labels[:20])}{"…" if len(labels) > 20 else ""}'
-
-
-def ask(teacher: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Return a teacher's logits of network inputs: `(n, 96, 96)` uint8 → `(n, classes)` float32."""
-    images = ops.convert_to_numpy(resized(ops.convert_to_tensor(images), teacher.input_shape[1]))
-    return np.asarray(teacher.predict_on_batch(images), np.float32)
-
-
-def carry_weights(
-    source: keras.Model, target: keras.Model, shared: tuple[Sequence[int], Sequence[int]] | None = None
-) -> None:
-    """Copy the weights of one network into another of a different input size, pooling or classes.
-
-    The pooling weights of GWAP belong to places; at another size they are resampled so that their sum stays. Where the
-    pooling is of another kind, the target's begins as the source's mean over the places, or stays as it is.
-
-    Args:
-        source: A network of this project.
-        target: One of the same architecture; its weights are changed.
-        shared: (class indices in the source, those in the target) of the characters that both know. The target's other
-            classes stay as they are. Defaults to all, in the same order.
-
-    Raises:
-        TrainingError: If the networks differ in more than that.
-    """
-    if source.name != target.name:
-        raise TrainingError(f'the weights to start from are of {source.name}; add --architecture {source.name}')
-    given = {layer.name: layer for layer in source.layers}
-    poolings = {name for name, _ in POOLINGS.values()}
-    for layer in target.layers:
-        if not layer.weights or layer.name in poolings:
-            continue
-        if shared and layer.name == 'dense_1':
-            theirs, ours = (np.asarray(indices, np.int64) for indices in shared)
-            for old_values, variable in zip(given['dense_1'].get_weights(), layer.weights, strict=True):
-                values = np.array(to_numpy(variable))
-                values[..., ours] = old_values[..., theirs]
-                variable.assign(values)
-            continue
-        if [w.shape for w in given[layer.name].weights] != [w.shape for w in layer.weights]:
-            raise TrainingError(f'the weights to start from do not fit in {layer.name}; use a model of as many classes')
-        layer.set_weights(given[layer.name].get_weights())
-    old, new = (next(layer for layer in model.layers if layer.name in poolings) for model in (source, target))
-    places = math.prod(new.input.shape[1:3])
-    if not new.weights:
-        return
-    # GAP's mean is a sum over the places of the target, each of the same weight.
-    weight = to_numpy(old.weights[0]) if old.weights else np.full(new.input.shape[-1], 1 / places, np.float32)
-    shape = tuple(new.weights[0].shape)
-    if weight.ndim == 3 and len(shape) == 3:
-        rows, columns = area_weights(weight.shape[0], shape[0]), area_weights(weight.shape[1], shape[1])
-        scale = math.prod(weight.shape[:2]) / math.prod(shape[:2])
-        weight = np.einsum('yi,ijk,xj->yxk', rows, weight, columns) * scale
-    elif weight.ndim == 3:
-        weight = weight.mean((0, 1)) * math.prod(weight.shape[:2]) / places
-    elif old.weights:
-        weight = weight * math.prod(old.input.shape[1:3]) / places
-    new.set_weights([np.broadcast_to(weight, shape)])
-
-
-def shared_classes(source: Sequence[str], target: Sequence[str]) -> tuple[list[int], list[int]] | None:
-    """Return where two label tables have the characters that both have; None where the tables are the same."""
-    if tuple(source) == tuple(target):
-        return None
-    places = {character: i for i, character in enumerate(source)}
-    pairs = [(places[character], i) for i, character in enumerate(target) if character in places]
-    return [theirs for theirs, _ in pairs], [ours for _, ours in pairs]
 
 
 # --- The learning rate -----------------------------------------------------------------------------------------------
@@ -469,6 +202,8 @@ class Data(NamedTuple):
     validation: Batch
     epoch_samples: int
     """Samples in a pass over the scans or pictures; 0 where there is no such pass."""
+    digests: dict[str, str]
+    """What tells by option whether the files are still those that a run began with, see `digest`."""
     labels: tuple[str, ...] = LABELS
     """The characters of the classes."""
     pictures: tuple[Picture, ...] = ()
@@ -477,13 +212,13 @@ class Data(NamedTuple):
 
 def prepare_data(options: argparse.Namespace) -> Data:
     """Open the sources that were asked for, and set validation samples aside that the network never learns from."""
-    sources, held_out, labels, pictures = [], [], LABELS, []
+    sources, held_out, labels, pictures, digests = [], [], LABELS, [], {}
     passes = 0.0  # samples of the run in a pass over the scans, or over the pictures where there are none
     if options.gnt:
         index = training_index(options.gnt)
-        writers = len({member.writer for member in index.members})
+        digests['gnt'] = digest((member.name or member.path.name, member.size) for member in index.members)
         # One writer in fifty: 15 of the 756 of HWDB1.0 and 1.1, enough for ± 0.1 %.
-        aside = options.val_writers or max(1, round(writers / 50))
+        aside = options.val_writers or max(1, round(len(writers_of(index)) / 50))
         index, others = split_by_writer(index, aside, options.seed)
         if options.limit:
             index = index.select(np.random.default_rng(options.seed).permutation(len(index))[: options.limit])
@@ -497,6 +232,8 @@ def prepare_data(options: argparse.Namespace) -> Data:
         drawn = DrawnSource(
             Path(options.drawn), options.seed, not options.teacher, options.strokes, options.stroke_share
         )
+        drawn.load()
+        digests['drawn'] = digest(drawn.files())
         sources = [MixedSource(*sources, drawn, share=options.gnt_share)] if sources else [drawn]
         passes /= options.gnt_share
     if options.images:
@@ -525,9 +262,18 @@ def prepare_data(options: argparse.Namespace) -> Data:
     if not held_out:
         raise TrainingError('no character has two pictures, one to learn from and one to measure with; add --validate')
     validation = Batch(*(np.concatenate(column) for column in zip(*held_out, strict=True)))
-    return Data(
-        sources[0], validation, round(passes) if options.gnt or not options.drawn else 0, labels, tuple(pictures)
-    )
+    epoch_samples = round(passes) if has_passes(options) else 0
+    return Data(sources[0], validation, epoch_samples, digests, labels, tuple(pictures))
+
+
+def has_passes(options: argparse.Namespace) -> bool:
+    """Whether there are passes to count, over scans or pictures: drawn handwriting alone never ends."""
+    return bool(options.gnt or not options.drawn)
+
+
+def digest(files: Iterable[tuple[str, int]]) -> str:
+    """Return what is another text if one of some files, each its name and size, has come, gone or changed."""
+    return hashlib.sha256(json.dumps(list(files)).encode()).hexdigest()
 
 
 def knows_all(options: argparse.Namespace) -> bool:
@@ -703,10 +449,12 @@ def batches(
     first: int,
     workers: int | None,
     rows: tuple[int, int],
-    teacher: keras.Model | None = None,
+    teacher=None,
     kept: KeptSamples | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray | None]]:
     """Give the batch of each step from the first on, and the teacher's logits where samples are kept."""
+    from learner import ask
+
     step = first
     if kept is None or step < kept.steps:
         with Feed(source, batch_size, step, workers, rows) as feed:
@@ -740,44 +488,7 @@ class Counters:
     seconds: float = 0.0  # of the run, over all its parts
 
 
-class WeightAverage:
-    """The exponential average of all weights, batch normalization's statistics included.
-
-    It is smoother than the weights of any one step, and so better while the learning rate is high. The optimizer's own
-    average leaves out what is not trained.
-
-    Args:
-        model: Its weights are averaged.
-        momentum: Of the average, a step.
-    """
-
-    def __init__(self, model: keras.Model, momentum: float):
-        self.model, self.momentum = model, momentum
-        self.values = [np.array(to_numpy(w), np.float32) for w in model.weights] if momentum else []
-
-    def update(self, step: int) -> None:
-        """Take the weights after `step` steps into account: now and then only, once the first steps are past."""
-        every = 1 if step < 100 else AVERAGE_EVERY
-        if self.momentum and step % every == 0:
-            # At the start the average is young: it must forget the weights that it began with.
-            keep = min(self.momentum, step / (step + 10)) ** every
-            for value, weight in zip(self.values, self.model.weights, strict=True):
-                value += (1 - keep) * (to_numpy(weight) - value)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the average into the model for a while; without momentum, leave the weights as they are."""
-        weights = self.model.get_weights()
-        if self.momentum:
-            self.model.set_weights(self.values)
-        yield
-        if self.momentum:
-            self.model.set_weights(weights)
-
-
-def build(
-    options: argparse.Namespace, recipe: Recipe, labels: Sequence[str] = LABELS
-) -> tuple[TrainingModel, keras.Model | None]:
+def build(options: argparse.Namespace, recipe: Recipe, labels: Sequence[str] = LABELS):
     """Build student and teacher, with the weights to start from and the optimizer.
 
     Args:
@@ -786,15 +497,30 @@ def build(
         labels: The characters of the classes. Defaults to the 3755.
 
     Returns:
-        The model to train, and the teacher, which is a part of it unless its answers are kept.
+        The `learner.TrainingModel` to train, and the teacher or None, which is a part of it unless its answers are
+        kept.
 
     Raises:
-        TrainingError: If the weights to start from, or the teacher, do not fit.
+        TrainingError, ValueError: If the weights to start from, or the teacher, do not fit.
     """
+    import keras
+
+    from learner import (
+        ClassCounts,
+        TrainingModel,
+        as_logits,
+        batch_normalization,
+        carry_weights,
+        fast_precision,
+        load_teacher,
+        shared_classes,
+    )
+    from melnyk_net import ARCHITECTURES, load_model
+
     if options.freeze and options.architecture != 'melnyk_net':
         raise TrainingError(f'--freeze counts the convolutions of melnyk_net, received {options.architecture}')
     keras.utils.set_random_seed(options.seed)
-    precision = options.precision or PRECISIONS[options.architecture]
+    precision = options.precision or fast_precision(PRECISIONS[options.architecture])
     keras.config.set_dtype_policy('mixed_bfloat16' if precision == 'bfloat16' else 'float32')
     student = ARCHITECTURES[options.architecture](
         input_shape=(options.size, options.size, 1),
@@ -807,13 +533,16 @@ def build(
     if options.init and not options.resume:  # a run that goes on has weights of its own
         source, info = load_model(options.init)
         carry_weights(source, student, shared_classes(info.labels, labels))
+    convolutions = sum(isinstance(layer, keras.layers.Conv2D) for layer in student.layers)
+    if options.freeze > convolutions:
+        raise TrainingError(f'--freeze is at most {convolutions}, received {options.freeze}')
     # The first two do a third of a step's work at 96 pixels, and edges of strokes are the same in every run.
     for number in range(1, options.freeze + 1):
         for kind in ('conv2d', 'batch_normalization'):
             student.get_layer(f'{kind}_{number}').trainable = False
     teacher = None
     if options.teacher:
-        teacher = load_teacher(options.teacher, labels, options.precision or 'bfloat16')
+        teacher = load_teacher(options.teacher, labels, options.precision or fast_precision('bfloat16'))
     model = TrainingModel(
         as_logits(student), None if options.keep else teacher, recipe.label_weight, recipe.temperature
     )
@@ -836,38 +565,15 @@ def build(
     return model, teacher
 
 
-def validate(model: TrainingModel, samples: Batch, batch_size: int, rows: tuple[int, int]) -> dict[str, float]:
-    """Measure a model on samples that it does not learn from.
+class Best(NamedTuple):
+    """The best model of a run."""
 
-    Args:
-        model: The model.
-        samples: All of them.
-        batch_size: Samples a step, over all machines.
-        rows: (first, last + 1) of the rows of each batch that this machine measures.
-
-    Returns:
-        `val_loss`, `val_top1`, `val_top5` and `val_macro_recall`, all but the loss 0..1.
-    """
-    counts = np.zeros((2, model.student.output_shape[-1]))
-    sums = dict.fromkeys(('loss', 'top1', 'top5'), 0.0)
-    total = len(samples.labels)
-    mine = np.arange(*rows)
-    for start in range(0, total, batch_size):
-        # The last batch is filled up with samples of no weight: one shape, one compiled function.
-        places = start + mine
-        weights = (places < total).astype(np.float32)
-        places = np.minimum(places, total - 1)
-        count = min(batch_size, total - start)
-        measured = model.test_on_batch(samples.images[places], samples.labels[places], weights, return_dict=True)
-        # The loss is a mean over the batch, the accuracies are means over the weights.
-        sums['loss'] += float(measured['loss']) * batch_size
-        for name in ('top1', 'top5'):
-            sums[name] += float(measured[name]) * count
-        counts += measured['classes']
-    return {f'val_{name}': value / total for name, value in sums.items()} | {'val_macro_recall': macro_recall(counts)}
+    path: Path
+    top1: float
+    """Share of the validation samples that it answers rightly, 0..1."""
 
 
-def train(options: argparse.Namespace, recipe: Recipe) -> Path:
+def train(options: argparse.Namespace, recipe: Recipe) -> Best:
     """Train, from the start or from where a run was stopped.
 
     Args:
@@ -875,12 +581,20 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
         recipe: The hyper-parameters.
 
     Returns:
-        The file of the best model.
+        The best model.
 
     Raises:
         TrainingError: If the run cannot start, or the loss is no longer a finite number.
         FeedError, MaterialError, RunFolderError, ValueError, OSError: If a file cannot be used.
+        ModuleNotFoundError: If a package is missing.
     """
+    refuse_missing_packages(options)
+    with quiet_libraries():
+        import keras
+
+        from learner import WeightAverage, macro_recall, on_this_machine, to_numpy, validate
+        from melnyk_net import save_model
+
     processes, process = join_processes(options)
     if recipe.batch_size % processes:
         raise TrainingError(f'{processes} processes cannot share a batch of {recipe.batch_size}; change --batch-size')
@@ -893,6 +607,8 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
 
     # How long, and how often to look up.
     data = prepare_data(options)
+    if options.resume:
+        refuse_other_files(folder, data.digests)
     # Steps a pass; 0 where there is none. A set that is smaller than a batch comes more than once in it.
     epoch = max(1, round(data.epoch_samples / recipe.batch_size)) if data.epoch_samples else 0
     by_epochs = bool(epoch and recipe.epochs)
@@ -919,6 +635,9 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
         average.values = arrays[len(variables) :]
         counters = Counters(**saved)
 
+    def snapshot() -> tuple[list[np.ndarray], dict]:
+        return [*map(to_numpy, variables), *average.values], asdict(counters)
+
     kept = None
     if options.keep:
         if processes > 1:
@@ -933,10 +652,9 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
     if writes and options.resume:
         folder.rewind_log(counters.step)
     elif writes:
-        config = {'options': vars(options), 'recipe': asdict(recipe), 'backend': keras.backend.backend()}
-        folder.start(config | {'command': ['train.py', *sys.argv[1:]], 'keras': keras.__version__})
-        if data.pictures:
-            folder.keep_pictures(data.pictures)
+        config = {'options': vars(options), 'recipe': asdict(recipe), 'digests': data.digests}
+        config |= {'backend': keras.backend.backend(), 'keras': keras.__version__}
+        folder.start(config | {'command': ['train.py', *sys.argv[1:]]}, *snapshot(), data.pictures)
 
     progress = Progress(steps)
     window: list[tuple[float, float]] = []  # (loss, accuracy) of each step since the last row of the log
@@ -957,10 +675,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
             loss, accuracy = float(result['loss']), float(result['top1'])
             counters.step += 1
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f'the loss is {loss} at step {counters.step}; the last good state and model are kept in '
-                    f'{folder.path}: start again with --init {folder.path / "best.h5"} and a lower --learning-rate'
-                )
+                raise TrainingError(f'the loss is {loss} at step {counters.step}; {start_again(folder)}')
             average.update(counters.step)
             counters.epoch_accuracy += accuracy
             window.append((loss, accuracy))
@@ -1001,7 +716,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
                     measured = validate(model, data.validation, recipe.batch_size, rows)
                     row |= {name: f'{value:.6f}' for name, value in measured.items()}
                     if not math.isfinite(measured['val_loss']):
-                        raise TrainingError(f'the validation loss is {measured["val_loss"]}; lower --learning-rate')
+                        raise TrainingError(f'the validation loss is {measured["val_loss"]}; {start_again(folder)}')
                     figure = measured['val_top1'], -measured['val_loss']
                     is_best = figure > (counters.best, -counters.best_loss)
                     if writes:
@@ -1019,13 +734,39 @@ def train(options: argparse.Namespace, recipe: Recipe) -> Path:
                 if validating:
                     folder.draw_curves()
                 if validating or now - last_saved > 60 * options.save_minutes:
-                    arrays = [to_numpy(variable) for variable in variables]
-                    folder.save_state([*arrays, *average.values], asdict(counters))
+                    folder.save_state(*snapshot())
                     last_saved = time.monotonic()
             window, window_begin = [], time.monotonic()
             seen[:] = 0
     progress.end()
-    return folder.path / 'best.h5'
+    return Best(folder.path / 'best.h5', counters.best)
+
+
+def refuse_missing_packages(options: argparse.Namespace) -> None:
+    """Raise `TrainingError` if a package is missing that would be missed in the middle of the run."""
+    for package in ('keras', 'matplotlib', *(['cv2'] if options.drawn else [])):
+        if importlib.util.find_spec(package) is None:
+            raise TrainingError(f'{package} is not installed: pip install -r requirements-train.txt')
+
+
+def refuse_other_files(folder: RunFolder, digests: dict[str, str]) -> None:
+    """Raise `TrainingError` if the files to learn from are not those that the run in this folder began with.
+
+    Others would be set aside to measure with, and what the network has learned from would be among them.
+    """
+    before = folder.config().get('digests', {})  # runs of older versions have none
+    for name, now in digests.items():
+        if before.get(name, now) != now:
+            raise TrainingError(
+                f'{folder.path}: files of --{name} have come, gone or changed since the run began; put them back as '
+                'they were, or start a new run'
+            )
+
+
+def start_again(folder: RunFolder) -> str:
+    """Return what to do where the loss is no longer a finite number."""
+    best = folder.path / 'best.h5'
+    return f'start again with {f"--init {best}, " if best.exists() else ""}a lower --learning-rate and another --out'
 
 
 class Progress:
@@ -1072,6 +813,8 @@ def describe(options: argparse.Namespace) -> str:
 
 def join_processes(options: argparse.Namespace) -> tuple[int, int]:
     """Join the other machines of a run, share batches among all devices; return (processes, this one's number)."""
+    import keras
+
     if keras.backend.backend() != 'jax':
         if options.coordinator:
             raise TrainingError('several machines run on JAX alone; set KERAS_BACKEND=jax')
@@ -1083,18 +826,41 @@ def join_processes(options: argparse.Namespace) -> tuple[int, int]:
     return (options.processes, options.process) if options.coordinator else (1, 0)
 
 
-@contextlib.contextmanager
-def on_this_machine() -> Iterator[None]:
-    """Keep what is built meanwhile off the other machines, which do not take part in it and would be waited for."""
-    distribution = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
-    try:
-        yield
-    finally:
-        keras.distribution.set_distribution(distribution)
-
-
 # --- The command line ------------------------------------------------------------------------------------------------
+
+
+def number(words: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return what reads a number of the command line; for `argparse`.
+
+    Args:
+        words: Which numbers there may be, to be said where another one was received.
+        fits: Whether a number is one of them.
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f'a number {words} is expected, received {text!r}')
+        return value
+
+    return read
+
+
+POSITIVE = number('above 0', lambda value: value > 0)
+NOT_NEGATIVE = number('of at least 0', lambda value: value >= 0)
+SHARE = number('from 0 to 1', lambda value: 0 <= value <= 1)
+PART = number('between 0 and 1', lambda value: 0 < value < 1)
+DROPOUT = number('from 0 to below 1', lambda value: 0 <= value < 1)
+
+
+def count_from_zero(text: str) -> int:
+    """Return the whole number that an option of the command line says; for `argparse`."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f'a whole number of at least 0 is expected, received {text!r}')
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -1119,16 +885,14 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument('--strokes', metavar='FILE', help="a running hand's strokes beside the material, see handwriting.py")
     g.add_argument(
         '--stroke-share',
-        type=_share,
+        type=SHARE,
         metavar='SHARE',
         help='share of drawn samples that come from strokes, the rest from fonts (0..1; default: 0.6)',
     )
-    g.add_argument(
-        '--gnt-share', type=_part, default=0.5, help='share of scanned samples where both are given (default: 0.5)'
-    )
+    g.add_argument('--gnt-share', type=PART, default=0.5, help='share of scanned samples beside --drawn (default: 0.5)')
     g.add_argument(
         '--images-share',
-        type=_part,
+        type=PART,
         default=0.5,
         help='share of pictures beside --gnt or --drawn (default: 0.5)',
     )
@@ -1137,7 +901,7 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         '--keep',
-        type=_positive,
+        type=whole_number,
         metavar='N',
         help="draw N samples only, keep them and the teacher's answers on disk (17 KB each), and go through them again "
         'and again: for small networks, which learn faster than a teacher answers',
@@ -1147,22 +911,24 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help='turn, slant and stretch samples a little (default: pictures, but not scanned samples)',
     )
-    g.add_argument('--limit', type=_positive, help='learn from this many scanned samples, or pictures, only')
+    g.add_argument('--limit', type=whole_number, help='learn from this many scanned samples, or pictures, only')
     g = p.add_argument_group('what to measure with')
-    g.add_argument('--val-writers', type=_positive, help='writers set aside for validation (default: one in fifty)')
-    g.add_argument('--val-samples', type=_positive, default=15_000, help='validation samples at most (default: 15000)')
+    g.add_argument('--val-writers', type=whole_number, help='writers set aside for validation (default: one in fifty)')
+    g.add_argument(
+        '--val-samples', type=whole_number, default=15_000, help='validation samples at most (default: 15000)'
+    )
     g.add_argument('--validate', nargs='+', metavar='DATA', help='measure with these instead: npz, GNT or folders')
     g.add_argument(
-        '--validate-every', type=_positive, default=50_000, help='drawn samples between two (default: 50000)'
+        '--validate-every', type=whole_number, default=50_000, help='drawn samples between two (default: 50000)'
     )
     g = p.add_argument_group('the network')
-    g.add_argument('--architecture', choices=tuple(ARCHITECTURES), default='melnyk_net', help='default: melnyk_net')
+    g.add_argument('--architecture', choices=tuple(PRECISIONS), default='melnyk_net', help='default: melnyk_net')
     g.add_argument('--size', type=int, choices=(48, 64, 96), default=96, help='side of its input (default: 96)')
-    g.add_argument('--pooling', choices=tuple(POOLINGS), default='GWAP', help='its global pooling (default: GWAP)')
+    g.add_argument('--pooling', choices=tuple(POOLING_NAMES), default='GWAP', help='its global pooling (default: GWAP)')
     g.add_argument('--init', metavar='FILE.h5', help='weights to start from, of any size, pooling and classes')
     g.add_argument(
         '--freeze',
-        type=int,
+        type=count_from_zero,
         default=0,
         metavar='N',
         help='leave the first N convolutions as --init has them (default: 0)',
@@ -1170,20 +936,21 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         '--precision',
         choices=('bfloat16', 'float32'),
-        help='of the computation; weights are always float32 (default: bfloat16, but float32 for MobileNetV3)',
+        help='of the computation; weights are always float32 (default: bfloat16, but float32 for MobileNetV3, and '
+        'where TensorFlow runs on a processor that does not multiply bfloat16)',
     )
     g = p.add_argument_group("the recipe (defaults: the paper's for --gnt, our own for --drawn and for --images)")
     for name, kind, text in (
-        ('batch-size', _positive, 'samples a step'),
-        ('epochs', _positive, 'passes over the scanned samples or pictures'),
-        ('samples', _positive, 'drawn samples in all'),
-        ('learning-rate', float, 'at its highest'),
-        ('warmup', int, 'steps to get there'),
-        ('weight-decay', float, 'of the kernels'),
-        ('l2', float, 'L2 regularisation in the loss'),
-        ('dropout', float, 'share of the features dropped'),
-        ('label-weight', float, 'of the label beside the teacher'),
-        ('temperature', float, 'at which student and teacher are compared'),
+        ('batch-size', whole_number, 'samples a step'),
+        ('epochs', whole_number, 'passes over the scanned samples or pictures'),
+        ('samples', whole_number, 'drawn samples in all'),
+        ('learning-rate', POSITIVE, 'at its highest'),
+        ('warmup', count_from_zero, "steps to get there; not in the paper's recipe"),
+        ('weight-decay', NOT_NEGATIVE, "of the kernels; not in the paper's recipe, which has L2"),
+        ('l2', NOT_NEGATIVE, 'L2 regularisation in the loss'),
+        ('dropout', DROPOUT, 'share of the features dropped (0..1)'),
+        ('label-weight', NOT_NEGATIVE, 'of the label beside the teacher'),
+        ('temperature', POSITIVE, 'at which student and teacher are compared'),
     ):
         g.add_argument(f'--{name}', type=kind, help=text)
     g = p.add_argument_group('the run')
@@ -1191,48 +958,42 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         '--resume', metavar='DIR', help='go on with the run in this folder, with the options it was started with'
     )
-    g.add_argument('--seed', type=int, default=0, help='of samples, splits and weights (default: 0)')
+    g.add_argument('--seed', type=count_from_zero, default=0, help='of samples, splits and weights (default: 0)')
     g.add_argument(
-        '--workers', type=_positive, help='processes that prepare samples (default: one fewer than processors)'
+        '--workers', type=whole_number, help='processes that prepare samples (default: one fewer than processors)'
     )
-    g.add_argument('--log-every', type=_positive, default=50, help='steps between two rows of log.csv (default: 50)')
-    g.add_argument('--save-minutes', type=float, default=5.0, help='between two saved states (default: 5)')
+    g.add_argument('--log-every', type=whole_number, default=50, help='steps between two rows of log.csv (default: 50)')
+    g.add_argument('--save-minutes', type=NOT_NEGATIVE, default=5.0, help='between two saved states (default: 5)')
     g.add_argument('--smoke', action='store_true', help='a run of seconds, to see that everything works')
     g = p.add_argument_group('several machines (JAX)')
     g.add_argument('--coordinator', metavar='HOST:PORT', help='address of process 0, the same on each machine')
-    g.add_argument('--processes', type=_positive, default=1, help='how many there are (default: 1)')
-    g.add_argument('--process', type=int, default=0, help='which this one is, from 0 (default: 0)')
+    g.add_argument('--processes', type=whole_number, default=1, help='how many there are (default: 1)')
+    g.add_argument('--process', type=count_from_zero, default=0, help='which this one is, from 0 (default: 0)')
     return p
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'a whole number of at least 1 is expected, received {text!r}')
-    return int(text)
+# What may differ from one part of a run to the next without changing its curve.
+MAY_DIFFER = ('resume', 'workers', 'coordinator', 'processes', 'process')
 
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'a number from 0 to 1 is expected, received {text!r}')
-    return value
-
-
-def _part(text: str) -> float:
-    value = _share(text)
-    if value in (0, 1):
-        raise argparse.ArgumentTypeError(f'a number between 0 and 1 is expected, received {text!r}')
-    return value
+# What --smoke sets, unless it is given.
+SMOKE = {'size': 48, 'limit': 160, 'val_samples': 64, 'log_every': 5, 'workers': 1}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     """Read the command line, or the options of the run to resume; return options and recipe."""
     p = parser()
     options = p.parse_args(arguments)
+    given = given_options(arguments)
+    if not 0 <= options.process < options.processes:
+        p.error(f'--process is 0 … {options.processes - 1}, received {options.process}')
+    if given & {'process', 'processes'} and not options.coordinator:
+        p.error('--processes and --process are for several machines: give --coordinator HOST:PORT, too')
     if options.resume:
+        if changed := [flag(name) for name in vars(options) if name in given and name not in MAY_DIFFER]:
+            p.error(
+                f'--resume goes on with the options that the run was started with: leave {", ".join(changed)} out, or '
+                'start a new run'
+            )
         return resumed(options)
     if not (options.gnt or options.drawn or options.images):
         p.error(
@@ -1246,18 +1007,61 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
     alone = options.drawn and not (options.gnt or options.images or options.coordinator)
     if options.keep and not (alone and options.teacher):
         p.error("--keep is for drawn samples and a teacher's answers, on one machine: give --drawn and --teacher alone")
-    if not 0 <= options.process < options.processes:
-        p.error(f'--process is 0 … {options.processes - 1}, received {options.process}')
     if options.images and not options.gnt and not options.drawn:
         recipe = OWN if options.init else OWN_FROM_NOTHING
     else:
         recipe = PAPER if options.gnt and not options.drawn and not options.teacher else DRAWN
+    for name, (is_used, purpose) in purposes(options, recipe).items():
+        if name in given and not is_used:
+            p.error(f'{flag(name)} {purpose}')
     if options.smoke:
         recipe = replace(recipe, batch_size=16, epochs=recipe.epochs and 2, samples=recipe.samples and 320, warmup=5)
-        options.size, options.limit, options.val_samples, options.log_every = 48, options.limit or 160, 64, 5
-        options.workers = options.workers or 1
+        vars(options).update({name: value for name, value in SMOKE.items() if name not in given})
     changed = {name: getattr(options, name) for name in asdict(recipe) if getattr(options, name, None) is not None}
     return options, replace(recipe, **changed)
+
+
+def given_options(arguments: Sequence[str] | None) -> set[str]:
+    """Return the names of the options that stand on the command line, even with their default."""
+    p, absent = parser(), object()
+    p.set_defaults(**dict.fromkeys(vars(p.parse_args([])), absent))
+    return {name for name, value in vars(p.parse_args(arguments)).items() if value is not absent}
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return '--' + name.replace('_', '-')
+
+
+def purposes(options: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[bool, str]]:
+    """Return of each option that only some runs can use whether this one can, and what it is for.
+
+    Args:
+        options: As they were given.
+        recipe: What is changed by them.
+    """
+    scans_or_pictures = bool(options.gnt or options.images)
+    by_epochs = bool(options.epochs or recipe.epochs) and has_passes(options)
+    return {
+        'strokes': (bool(options.drawn), 'is for --drawn'),
+        'stroke_share': (bool(options.drawn), 'is for --drawn'),
+        'gnt_share': (bool(options.gnt and options.drawn), 'is for --gnt beside --drawn'),
+        'images_share': (
+            bool(options.images and (options.gnt or options.drawn)),
+            'is for --images beside --gnt or --drawn',
+        ),
+        'augment': (scans_or_pictures, 'is for --gnt and --images; drawn samples are all different anyway'),
+        'limit': (scans_or_pictures, 'is for --gnt and --images; --samples says how many are drawn'),
+        'val_writers': (bool(options.gnt), 'is for --gnt'),
+        'val_samples': (not options.validate, 'is for samples that are set aside; --validate is measured with whole'),
+        'validate_every': (not by_epochs, 'counts drawn samples; this run is measured after its epochs'),
+        'epochs': (has_passes(options), 'counts passes over --gnt or --images; drawn samples are counted by --samples'),
+        'samples': (not by_epochs, 'counts drawn samples; the length of this run is counted by --epochs'),
+        'warmup': (recipe.schedule == 'cosine', "is not in the paper's recipe, whose learning rate only falls"),
+        'weight_decay': (recipe.optimizer == 'adamw', "is not in the paper's recipe, which has --l2"),
+        'label_weight': (bool(options.teacher), 'is for --teacher'),
+        'temperature': (bool(options.teacher), 'is for --teacher'),
+    }
 
 
 def resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Recipe]:
@@ -1267,8 +1071,7 @@ def resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Recipe]:
         RunFolderError: If there is none, or one that this version cannot go on with.
     """
     config = RunFolder(options.resume).config()
-    # What may differ from one part of a run to the next without changing its curve.
-    kept = {name: getattr(options, name) for name in ('resume', 'workers', 'coordinator', 'processes', 'process')}
+    kept = {name: getattr(options, name) for name in MAY_DIFFER}
     try:
         # Runs of older versions lack the newer options, and have the schedule that went with epochs.
         known = vars(parser().parse_args([])) | config['options']
@@ -1282,16 +1085,21 @@ def resumed(options: argparse.Namespace) -> tuple[argparse.Namespace, Recipe]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    options, advice = None, ''
     try:
         options, recipe = parse(arguments)
         best = train(options, recipe)
-    except (TrainingError, FeedError, RunFolderError, MaterialError, ValueError, OSError) as error:
-        print(f'\ntrain.py: {error}', file=sys.stderr)
+    except (TrainingError, FeedError, RunFolderError, MaterialError, ValueError, OSError, ModuleNotFoundError) as error:
+        print(f'\ntrain.py: {message(error)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('\ntrain.py: stopped; --resume and the run folder go on from the last saved state', file=sys.stderr)
+        folder = RunFolder(options.resume or options.out) if options else None
+        if folder and folder.can_go_on:
+            advice = f'; --resume {printable(folder.path)} goes on from the last saved state'
+        print(f'\ntrain.py: stopped{advice}', file=sys.stderr)
         return 130
-    print(f'best model: {best}', file=sys.stderr)
+    right = f'right on {best.top1:.2%} of the samples to measure with'
+    print(f'best model: {printable(best.path)}, {right}', file=sys.stderr)
     return 0
 
 

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from data_utils import (
     open_image,
     otsu_threshold,
     printable,
+    thumbnail,
     to_gray,
     whiten,
     written_aside,
 )
-from papers import PAPERS, grainy, lit, on_page, ruled
+from papers import PAPERS, grainy, lit, on_desk, on_page, ruled
 
 
 def difference(first, second) -> float:
@@ -107,6 +109,43 @@ def test_find_images(tmp_path):
     ]
 
 
+@pytest.mark.parametrize('target', ['nowhere', 'broken.png'])
+def test_a_link_that_leads_nowhere_is_one_bad_file(tmp_path, target):
+    (tmp_path / 'a.png').touch()
+    link = tmp_path / 'broken.png'
+    link.symlink_to(target)
+    for source in (link, tmp_path / 'broken.*'):
+        assert find_images([source]) == [link]
+    for source in (tmp_path, tmp_path / '*.png', tmp_path / '**' / '*.png'):
+        assert find_images([source]) == [tmp_path / 'a.png', link]
+    with pytest.raises(ImageError, match='no such file'):
+        open_image(link)
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'found'),
+    [
+        ('**/*.png', ['1.png', 'deep/2.png', 'deep/er/3.png']),
+        ('**/er/*.png', ['deep/er/3.png']),
+        ('deep/**/*.png', ['deep/2.png', 'deep/er/3.png']),
+        ('**/deep/**/3.*', ['deep/er/3.png']),
+        ('d*/**', ['deep/2.png', 'deep/er/3.png', 'deep/er/note.txt']),
+        ('**/deep', ['deep/2.png', 'deep/er/3.png']),
+        ('**/.hidden/*.png', ['.hidden/4.png']),
+    ],
+)
+def test_two_stars_stand_for_folders_but_not_for_links_to_them(tmp_path, monkeypatch, pattern, found):
+    for name in ('1.png', 'deep/2.png', 'deep/er/3.png', 'deep/er/note.txt', '.hidden/4.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    # Two loops: there are more ways through them than anybody can go.
+    (tmp_path / 'loop').symlink_to(tmp_path)
+    (tmp_path / 'other').symlink_to(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path / pattern])] == found
+    monkeypatch.chdir(tmp_path)
+    assert [path.as_posix() for path in find_images([pattern])] == found
+
+
 def test_find_images_expands_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / 'a.png').touch()
     monkeypatch.setenv('HOME', str(tmp_path))
@@ -174,6 +213,19 @@ def test_written_aside_keeps_the_old_file_on_failure(tmp_path):
     assert os.listdir(tmp_path) == ['file.txt']
 
 
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path, monkeypatch):
+    path = tmp_path / 'cache.npz'
+    with written_aside(path, shared=True) as aside:
+        aside.write_text('mine')
+        monkeypatch.setattr('os.getpid', lambda: 1)
+        with written_aside(path, shared=True) as other:
+            assert other != aside
+            other.write_text('theirs')
+        assert path.read_text() == 'theirs'
+    assert path.read_text() == 'mine'
+    assert os.listdir(tmp_path) == ['cache.npz']
+
+
 def test_written_aside_takes_the_longest_names(tmp_path):
     for name in ('啊' * 83 + '.txt', 'a' * 251 + '.txt'):
         with written_aside(tmp_path / name) as aside:
@@ -236,6 +288,27 @@ def test_exif_orientation_is_applied(tmp_path, character, orientation):
     exif[0x0112] = orientation
     stored.save(tmp_path / 'a.png', exif=exif)
     assert np.array_equal(open_image(tmp_path / 'a.png')[..., 0], character)
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'JPEG'])
+@pytest.mark.parametrize('damage', ['no TIFF', 'cut in the head', 'cut in a tag', 'cut at the end'])
+def test_damaged_exif_data_costs_no_picture(tmp_path, character, kind, damage):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x829A] = 'a maker of cameras', 1.5
+    whole = exif.tobytes()
+    data = {
+        'no TIFF': b'Exif\0\0this is no TIFF',
+        'cut in the head': whole[:9],
+        'cut in a tag': whole[:20],
+        'cut at the end': whole[:-10],
+    }[damage]
+    Image.fromarray(character).convert('RGB').save(tmp_path / 'a', kind, exif=data, quality=95)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        data_utils.expect_large_pictures()
+        image = open_image(tmp_path / 'a')
+    assert np.abs(image[..., 0].astype(int) - character).mean() < 3
+    assert [str(warning.message) for warning in warned] == []
 
 
 @pytest.mark.parametrize('suffix', ['gif', 'webp', 'tif'])
@@ -329,6 +402,22 @@ def test_what_is_no_image_is_named(tmp_path, content, reason):
         open_image(path)
 
 
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no pipes in folders')
+def test_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'a.png')
+    assert find_images([tmp_path]) == [tmp_path / 'a.png']
+    for reduced in (False, True):
+        with pytest.raises(ImageError, match='not a regular file'):
+            open_image(tmp_path / 'a.png', reduced=reduced)
+
+
+@pytest.mark.parametrize('name', ['a' * 300 + '.png', 'file/a.png'])
+def test_a_name_that_no_file_can_have(tmp_path, name):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ImageError, match='no such file'):
+        open_image(tmp_path / name)
+
+
 def test_a_truncated_image_is_damaged(tmp_path, character):
     whole = io.BytesIO()
     Image.fromarray(character).save(whole, 'PNG')
@@ -390,6 +479,15 @@ def test_a_truncated_photo_is_damaged_reduced_too(tmp_path, character):
     (tmp_path / 'a.jpg').write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     with pytest.raises(ImageError, match='damaged'):
         open_image(tmp_path / 'a.jpg', reduced=True)
+
+
+@pytest.mark.parametrize('shape', [(30, 200), (200, 30, 3), (5, 5), (1, 1000)])
+def test_a_thumbnail_is_never_larger_than_asked_for(shape):
+    image = np.full(shape, 77, np.uint8)
+    small = thumbnail(image, 50)
+    assert small.shape[2:] == shape[2:]
+    assert max(small.shape[:2]) == min(50, max(shape[:2]))
+    assert (small == 77).all()
 
 
 # --- Pages
@@ -494,6 +592,37 @@ def test_a_clean_scan_is_left_as_it_is(character):
 def test_papers_give_the_input_of_the_plain_scan(character, paper):
     # Ink moved by half a pixel differs by 0.2; a wrong crop, a leftover line or inverted paper by 0.8 and more.
     assert difference(network_input(character), network_input(PAPERS[paper](character))) < 0.3
+
+
+@pytest.mark.parametrize('turn', [0, 8, -25, 45])
+@pytest.mark.parametrize('light', [lambda page: page, lit, grainy])
+@pytest.mark.parametrize('scale', [1, 5])
+def test_a_desk_around_the_sheet_is_left_out(character, turn, light, scale):
+    page = np.asarray(Image.fromarray(on_page(character)).resize((230 * scale, 230 * scale)))
+    white = np.asarray(Image.fromarray(page).rotate(turn, Image.Resampling.BICUBIC, expand=True, fillcolor=255))
+    for desk in (on_desk(page, turn), on_desk(page, turn)[..., 0]):
+        assert difference(network_input(white), network_input(light(desk))) < 0.4
+
+
+@pytest.mark.parametrize('width', [3, 6, 10])
+@pytest.mark.parametrize('side', [100, 300])
+@pytest.mark.parametrize('inside', [True, False])
+def test_strokes_around_paper_are_no_desk(monkeypatch, width, side, inside):
+    """日 and 口, cut out tightly or with a margin, in dark ink or in light."""
+    width = width * side // 100
+    box = np.zeros((side, side), np.uint8)
+    box[width:-width, width:-width] = 255
+    if inside:
+        middle = (side - width) // 2
+        box[middle : middle + width] = 0
+    boxes = [np.pad(box, margin, constant_values=255) for margin in (0, 1, side // 12, side // 3)]
+    # Wide strokes of 日 that touch the frame cannot be told from a desk.
+    boxes = boxes[inside and side == 300 and width * 100 > 6 * side :]
+    pages = [page for box in boxes for page in (box, 255 - box)]
+    before = [network_input(page) for page in pages]
+    monkeypatch.setattr(data_utils, '_sheet', lambda page: None)
+    for page, expected in zip(pages, before, strict=True):
+        np.testing.assert_array_equal(network_input(page), expected)
 
 
 def test_red_ink_on_blue_lines(character):
@@ -613,6 +742,23 @@ def test_fit_centres_inverts_and_leaves_the_border(shape, size):
     for places, side in ((rows, shape[0]), (columns, shape[1])):
         assert abs(len(places) - (size - 2 * border) * side / max(shape)) <= 3
         assert abs(places[0] - (size - 1 - places[-1])) <= 3
+
+
+@pytest.mark.parametrize('shape', [(1, 3_000_000), (3_000_000, 2)])
+def test_fit_takes_no_square_of_the_longer_side(shape):
+    result = fit(np.zeros(shape, np.uint8))  # a square would be nine terabytes
+    lengthwise = result if shape[0] < shape[1] else result.T
+    assert lengthwise[46:50, 4:92].any(axis=0).all()
+    assert not lengthwise[:46].any()
+    assert not lengthwise[50:].any()
+
+
+@pytest.mark.parametrize('shape', [(900, 700), (1000, 1000), (60, 999), (801, 333)])
+def test_fit_of_a_reduced_page_is_that_of_the_page(shape, character, monkeypatch):
+    page = np.array(Image.fromarray(character).resize(shape[::-1]))
+    whole = fit(page)
+    monkeypatch.setattr(data_utils, '_LONGEST', 400)
+    assert np.abs(fit(page).astype(int) - whole).mean() < 1
 
 
 def test_whole_page_is_the_original_way(character):

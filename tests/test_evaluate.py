@@ -1,7 +1,10 @@
 import csv
 import gzip
+import io
 import json
 import struct
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from evaluate import (
     read_samples,
     reliability,
 )
-from gnt_reader import export_gnt, write_gnt
+from gnt_reader import GntError, export_gnt, write_gnt
 
 
 @pytest.fixture
@@ -50,6 +53,18 @@ def test_ranks_and_accuracies(answers):
 def test_a_constant_output_is_no_answer():
     answers = Answers.of(np.full((4, 4), 0.25, np.float32), np.arange(4), np.array([''] * 4))
     assert answers.top(1) == 0
+
+
+@pytest.mark.parametrize(
+    ('probabilities', 'best'),
+    [([0.4, 0.4, 0.2], 1), ([0.2, 0.4, 0.4], 1), ([0.4, 0.2, 0.4], 2), ([0.3, 0.3, 0.4], 2), ([0.4, 0.3, 0.3], 0)],
+)
+def test_the_answer_of_a_tie_is_another_than_the_true_one(probabilities, best):
+    answers = Answers.of(np.array([probabilities], np.float32), np.array([0], np.int32), np.array(['']))
+    assert answers.best.tolist() == [best]
+    assert answers.is_right.tolist() == [best == 0]
+    assert answers.confidence.tolist() == np.float32([max(probabilities)]).tolist()
+    assert evaluate.confused_pairs(answers, '甲乙丙') == ([] if best == 0 else [('甲', '甲乙丙'[best], 1)])
 
 
 def test_rows_by_writer_and_class(answers):
@@ -134,6 +149,22 @@ def test_the_temperature_that_made_the_labels_is_found(temperature):
     powers = np.exp(logits / temperature)
     labels = (rng.random((20_000, 1)) < np.cumsum(powers / powers.sum(1, keepdims=True), 1)).argmax(1)
     assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize('count', [100, 1000, 5000])
+def test_samples_drawn_by_lot_are_from_everywhere(count):
+    numbers = np.arange(1000)
+    images = np.repeat(numbers[:, None, None] % 256, 2, 1).astype(np.uint8)
+    chunks = [
+        evaluate.Samples(images[at : at + 300], numbers[at : at + 300], numbers[at : at + 300].astype(str))
+        for at in range(0, 1000, 300)
+    ]
+    chosen = evaluate.drawn_by_lot(chunks, count)
+    assert len(set(chosen.labels)) == len(chosen.labels) == len(chosen.images) == min(count, 1000)
+    assert (chosen.images[:, 0, 0] == chosen.labels % 256).all()
+    assert (chosen.writers == chosen.labels.astype(str)).all()
+    quarters = np.bincount(chosen.labels // 250, minlength=4) / len(chosen.labels)
+    assert (abs(quarters - 0.25) < 0.1).all()
 
 
 def test_the_gallery_keeps_the_surest_mistakes(answers):
@@ -277,6 +308,9 @@ def test_pictures_that_are_left_out_are_said(tmp_path):
     'arrays',
     [
         {'pictures': np.zeros(3)},
+        {'images': np.full((1, 8, 8), 255, np.uint8), 'chars': np.array('啊')},
+        {'images': np.full((1, 8, 8), 255, np.uint8), 'chars': np.array(['啊']), 'writers': np.array('w')},
+        {'images': np.zeros((1, 0, 8), np.uint8), 'chars': np.array(['啊'])},
         {'images': np.zeros((2, 8, 8)), 'chars': np.array(['啊', '座'])},
         {'images': np.zeros((2, 8, 8), np.uint8), 'chars': np.array(['啊'])},
         {'images': np.zeros((1, 8, 8), np.uint8), 'chars': np.array(['A'])},
@@ -286,6 +320,103 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, arrays):
     np.savez(tmp_path / 'data.npz', **arrays)
     with pytest.raises(DataError, match=r'data\.npz'):
         read_samples([tmp_path / 'data.npz'])
+
+
+def npz_bytes(folder, **arrays) -> bytes:
+    np.savez_compressed(folder / 'whole.npz', **arrays)
+    return (folder / 'whole.npz').read_bytes()
+
+
+def cut(whole):
+    return whole[: len(whole) // 2]
+
+
+def garbled(whole):
+    """The values of the first array damaged: the archive's directory is whole, zlib fails."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        size = archive.infolist()[0].compress_size
+    start = whole.index(b'.npy') + 30
+    return whole[:start] + bytes(255 - b for b in whole[start : start + size // 2]) + whole[start + size // 2 :]
+
+
+def plain_array(whole):
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(3))
+    return stream.getvalue()
+
+
+def claims_terabytes(whole):
+    header = np.lib.format.magic(1, 0) + struct.pack('<H', 118)
+    text = "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999,), }"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, 'w') as archive:
+        for name in ('images', 'chars', 'x_train'):
+            archive.writestr(f'{name}.npy', header + text.ljust(117).encode() + b'\n')
+    return stream.getvalue()
+
+
+DAMAGE = {
+    'empty': lambda whole: b'',
+    'cut': cut,
+    'garbled': garbled,
+    'npy': plain_array,
+    'text': lambda whole: b'no archive\n' * 9,
+    'terabytes': claims_terabytes,
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_npz_is_named(tmp_path, damage):
+    scans = np.stack([page(k) for k in (1, 1, 1)])
+    path = tmp_path / 'data.npz'
+    path.write_bytes(damage(npz_bytes(tmp_path, images=scans, chars=np.array(list('啊鲍座')))))
+    with pytest.raises(DataError, match=r'data\.npz: arrays `images` and `chars` are expected \(.+\)'):
+        read_samples([path])
+    path.write_bytes(damage(npz_bytes(tmp_path, **dict(zip(MNIST, mnist(), strict=True)))))
+    with pytest.raises(DataError, match=r'data\.npz: neither mnist\.npz nor a folder .* \(.+\)'):
+        evaluate.read_mnist(path)
+
+
+@pytest.mark.parametrize('function', [evaluate.read_mnist, lambda path: read_samples([path])])
+def test_an_npz_that_is_not_there_is_said(tmp_path, function):
+    with pytest.raises(DataError, match=r'none\.npz: No such file'):
+        function(tmp_path / 'none.npz')
+
+
+@pytest.mark.parametrize(('of_three', 'refused'), [(1, False), (2, True), (3, True)])
+def test_ink_that_is_bright_on_black_is_refused(tmp_path, of_three, refused):
+    scans = np.stack([page(2)] * 3)
+    scans[:of_three] = 255 - scans[:of_three]
+    np.savez(tmp_path / 'data.npz', images=scans, chars=np.array(['啊'] * 3))
+    if refused:
+        with pytest.raises(DataError, match=r'data\.npz: the ink is bright on black.*give 255 - images'):
+            read_samples([tmp_path / 'data.npz'])
+    else:
+        assert len(read_samples([tmp_path / 'data.npz']).labels) == 3
+
+
+def test_an_archive_among_pictures_is_no_gnt(tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    Image.fromarray(page(1)).save(tmp_path / 'pictures' / '啊.png')
+    strays = {'stray.zip': {'readme.txt': b'', '._1.gnt': b''}, 'empty.zip': {}}
+    for name, files in strays.items():
+        with zipfile.ZipFile(tmp_path / 'pictures' / name, 'w') as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
+    (tmp_path / 'pictures' / 'broken.zip').write_bytes(b'PK\3\4')
+    assert not evaluate.holds_gnt(tmp_path / 'pictures')
+    assert len(read_samples([tmp_path / 'pictures']).labels) == 1
+    # Alone, or named, they are read as what they should be, and the reader says what is wrong.
+    (tmp_path / 'pictures' / '啊.png').unlink()
+    for source in (tmp_path / 'pictures', *(tmp_path / 'pictures').iterdir()):
+        assert evaluate.holds_gnt(source)
+        with pytest.raises(GntError):
+            read_samples([source])
+    write_gnt(tmp_path / '1001-c.gnt', [('啊', page(1))])
+    with zipfile.ZipFile(tmp_path / 'pictures' / 'gnt.zip', 'w') as archive:
+        archive.write(tmp_path / '1001-c.gnt', 'set/1001-c.gnt')
+    Image.fromarray(page(1)).save(tmp_path / 'pictures' / '啊.png')
+    assert evaluate.holds_gnt(tmp_path / 'pictures')
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -333,27 +464,109 @@ def test_a_report(small_file, pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('nowhere.npz',), 'nowhere.npz'),
+        (('nowhere.npz',), 'nowhere.npz: no such file or folder'),
+        (('~nobody-of-this-name/x.npz',), 'no such file or folder'),
+        (('x\x1b[31m\n.npz',), r'x\x1b[31m\n.npz: no such'),
         (('--benchmark', 'nowhere'), 'nowhere'),
+        (('.', '--fit-temperature', 'nowhere/new.h5'), 'nowhere/new.h5: there is no such folder'),
         (('.',), 'no sample of the 5 characters'),
+        (('.', '--fit-temperature'), 'no sample of the'),
+        (('.', '--out', 'afile'), 'afile: this is a file'),
+        (('.', '--out', 'afile/out'), '--out takes a folder'),
+        (('.', '--papers'), 'pictures have a paper of their own'),
+        (('blank.npz', '--papers'), 'no scan of the 5 characters'),
+        (('others.npz', '--papers', '5'), 'no scan of the 5 characters'),
     ],
 )
 def test_errors_in_one_line(small_file, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'afile').touch()
+    scans = np.full((2, 30, 30), 255, np.uint8)
+    np.savez(tmp_path / 'blank.npz', images=scans, chars=np.array(['一', '人']))
+    np.savez(tmp_path / 'others.npz', images=np.stack([page(0)] * 2), chars=np.array(['永', '字']))
     assert evaluate.main([*arguments, '--model', str(small_file)]) == 1
     error = capsys.readouterr().err.strip()
     assert error.splitlines()[-1].startswith('evaluate.py: ')
     assert message in error
+    assert '\x1b' not in error
 
 
-@pytest.mark.parametrize('arguments', [(), ('data.npz', '--benchmark', 'mnist.npz')])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        (),
+        ('data.npz', '--benchmark', 'mnist.npz'),
+        ('data.npz', '--papers', '0'),
+        ('data.npz', '--papers', '-5'),
+        ('--benchmark', 'mnist.npz', '--epochs', '0'),
+        ('data.npz', '--fit-temperature', 'new.keras'),
+        ('--fit-temperature', 'samples.npz', 'more.npz'),
+        ('data.npz', '--half'),
+        ('data.npz', '--half', '--fit-temperature'),
+        ('data.npz', '--papers', '--fit-temperature'),
+        ('--benchmark', 'mnist.npz', '--papers'),
+    ],
+)
 def test_wrong_usage(arguments):
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(arguments)
     assert exit_.value.code == 2
 
 
+def test_the_report_is_there_though_the_model_cannot_be_saved(small_file, pictures, tmp_path, monkeypatch, capsys):
+    import melnyk_net
+
+    def full(path, *_):
+        raise OSError(f'{path}: there is no room for it')
+
+    monkeypatch.setattr(melnyk_net, 'save_model', lambda model, path, *_: full(path))
+    out, target = tmp_path / 'report', tmp_path / 'new.h5'
+    arguments = [str(pictures), '--model', str(small_file), '--out', str(out), '--fit-temperature', str(target)]
+    assert evaluate.main(arguments) == 1
+    assert 'no room' in capsys.readouterr().err
+    assert {'summary.json', 'classes.csv', 'reliability.png'} <= {path.name for path in out.iterdir()}
+
+
+def test_the_temperature_is_fitted_to_some_and_the_rest_is_measured(
+    small_file, pictures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, 'FITTED', 4)
+    out = str(tmp_path / 'report')
+    assert evaluate.main([str(pictures), '--model', str(small_file), '--out', out, '--fit-temperature']) == 0
+    text = capsys.readouterr().out
+    assert 'fitted to 4 samples' in text
+    assert 'samples 10 ' in text
+
+
+def test_without_matplotlib_there_are_no_figures(small_file, pictures, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    out = tmp_path / 'report'
+    assert evaluate.main([str(pictures), '--model', str(small_file), '--out', str(out)]) == 0
+    captured = capsys.readouterr()
+    assert 'no figures: matplotlib is not installed: pip install -r requirements.txt' in captured.err
+    assert f'details: {out}' in captured.out
+    assert sorted(path.suffix for path in out.iterdir()) == ['.csv', '.csv', '.csv', '.json']
+
+
+def test_blank_scans_have_no_paper(small_file, tmp_path, monkeypatch, capsys):
+    import papers
+
+    monkeypatch.setattr(papers, 'PAPERS', {'tight crop': papers.PAPERS['tight crop']})
+    scans = np.stack([page(1), np.full_like(page(1), 255), page(1)])
+    np.savez(tmp_path / 'scans.npz', images=scans, chars=np.array(['一', '人', '人']))
+    assert evaluate.main([str(tmp_path / 'scans.npz'), '--model', str(small_file), '--papers']) == 0
+    captured = capsys.readouterr()
+    assert '2 samples of each paper' in captured.out
+    assert 'tight crop' in captured.out
+    assert 'left out 1 blank' in captured.err
+
+
 # --- MNIST -----------------------------------------------------------------------------------------------------------
+
+
+MNIST = ('x_train', 'y_train', 'x_test', 'y_test')
 
 
 def mnist():
@@ -378,20 +591,22 @@ def test_mnist_is_read_from_idx_files_and_npz(tmp_path):
             (tmp_path / f'{name}.gz').write_bytes(gzip.compress(data))
         else:
             (tmp_path / name).write_bytes(data)
-    np.savez(tmp_path / 'mnist.npz', **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays, strict=True)))
+    np.savez(tmp_path / 'mnist.npz', **dict(zip(MNIST, arrays, strict=True)))
     for path in (tmp_path, tmp_path / 'mnist.npz'):
         for got, wanted in zip(evaluate.read_mnist(path), arrays, strict=True):
             np.testing.assert_array_equal(got, wanted)
-    (tmp_path / names[0]).write_bytes(b'no idx')
-    with pytest.raises(DataError, match='IDX'):
-        evaluate.read_mnist(tmp_path)
+    packed = gzip.compress(b'\0\0\x08\1' + bytes(999))
+    for content in (b'no idx', b'', b'\0\0\x08', b'\0\0\x08\3\0', packed[:-9], packed[:12] + b'\xff' * 9, packed[:2]):
+        (tmp_path / names[0]).write_bytes(content)
+        with pytest.raises(DataError, match='four IDX files'):
+            evaluate.read_mnist(tmp_path)
 
 
 def test_the_benchmark_trains_the_architecture(tmp_path, monkeypatch, capsys):
     import melnyk_net
 
     monkeypatch.setattr(melnyk_net, 'FILTER_GROUPS', ((4,), (4,), (8,), (8,), (8,)))
-    np.savez(tmp_path / 'm.npz', **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), mnist(), strict=True)))
+    np.savez(tmp_path / 'm.npz', **dict(zip(MNIST, mnist(), strict=True)))
     assert evaluate.main(['--benchmark', str(tmp_path / 'm.npz'), '--epochs', '1']) == 0
     assert 'of 20 after 1 epochs' in capsys.readouterr().out
 

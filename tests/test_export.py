@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL_LABELS, draw_character, with_random_statistics
 
 import export
-import melnyk_net
 from data_utils import LABELS, network_input
 from hccr import HCCR
 from inference import KerasRuntime, LiteRtRuntime, activation_maps, inference_network
@@ -145,7 +148,7 @@ def test_accuracy_is_counted(scans):
 
 def test_the_command_line(small_file, tmp_path, capfd):
     target = tmp_path / 'out.tflite'
-    assert melnyk_net.main(['export', str(small_file), str(target)]) == 0
+    assert export.main(['export', str(small_file), str(target)]) == 0
     output, errors = capfd.readouterr()
     assert output.startswith(f'{target}: ')
     assert len(output.splitlines()) == 1
@@ -157,6 +160,7 @@ def test_the_command_line(small_file, tmp_path, capfd):
     ('arguments', 'message'),
     [
         (['none.h5', 'out.tflite'], 'no such model file'),
+        (['x\x1b[31m\n.h5', 'out.tflite'], r'x\x1b[31m\n.h5: no such model file'),
         (['{model}', 'out.txt'], 'ends in'),
         (['{model}', 'out.tflite', '--int8', '--calibrate', 'nowhere'], 'nowhere'),
         (['{model}', 'out.tflite', '--int8', '--samples', '0'], 'received 0'),
@@ -164,10 +168,44 @@ def test_the_command_line(small_file, tmp_path, capfd):
 )
 def test_errors_are_one_line(small_file, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert melnyk_net.main(['export', *(argument.format(model=small_file) for argument in arguments)]) == 1
+    assert export.main(['export', *(argument.format(model=small_file) for argument in arguments)]) == 1
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
     assert message in errors
+
+
+@pytest.mark.parametrize(
+    ('program', 'arguments', 'status', 'line'),
+    [
+        (
+            'melnyk_net.py',
+            ['export', 'model.h5', 'out.tflite'],
+            1,
+            'h5py is not installed: pip install -r requirements.txt',
+        ),
+        ('melnyk_net.py', ['export', 'model.h5'], 2, 'OUT.tflite|OUT.onnx'),
+        ('export.py', [], 2, 'python melnyk_net.py export'),
+    ],
+)
+def test_the_program_says_what_to_do_before_keras_is_imported(tmp_path, program, arguments, status, line):
+    (tmp_path / 'h5py.py').write_text("raise ModuleNotFoundError('no h5py', name='h5py')")
+    (tmp_path / 'keras.py').write_text("raise ModuleNotFoundError('no keras', name='keras')")
+    environment = os.environ | {'PYTHONPATH': str(tmp_path)}
+    command = [sys.executable, '-P', Path(export.__file__).with_name(program), *arguments]
+    environment['PYTHONPATH'] += os.pathsep + str(Path(export.__file__).parent)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert line in done.stderr.splitlines()[-1]
+    assert done.stdout == ''
+
+
+def test_the_program_says_nothing_of_its_libraries(small_file, tmp_path):
+    program = Path(export.__file__).with_name('melnyk_net.py')
+    command = [sys.executable, program, 'export', small_file, tmp_path / 'out.tflite']
+    environment = {name: value for name, value in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ''
+    assert len(done.stdout.splitlines()) == 1
 
 
 def test_the_description_can_be_read_with_nothing_but_zip(small_tflite):

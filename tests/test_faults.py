@@ -375,7 +375,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_curve(tmp_path,
     lot = random.Random(0)
     for _ in range(kills):
         process = start_training(
-            *(['--resume', parts] if (parts / 'state.npz').exists() else [*arguments, '--out', parts])
+            *(['--resume', parts] if (parts / 'config.json').exists() else [*arguments, '--out', parts])
         )
         before = changed(parts / 'state.npz')
         while process.poll() is None and changed(parts / 'state.npz') == before:

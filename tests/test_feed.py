@@ -24,6 +24,7 @@ from feed import (
     split_by_writer,
     training_index,
     unreadable_pictures,
+    writers_of,
 )
 from gnt_reader import GntError, export_gnt, write_gnt
 
@@ -125,6 +126,20 @@ def test_validation_writers_are_not_trained_on(folder):
     assert not writers[0] & writers[1]
     with pytest.raises(FeedError, match='5 writers for validation leave none of 5'):
         split_by_writer(index, 5)
+
+
+def test_writers_without_a_sample_are_not_set_aside(folder, tmp_path):
+    """HWDB1.2 has characters of level 2 alone."""
+    for writer in range(8):
+        characters = CHARACTERS if writer < 2 else ('丌', '亍')
+        write_gnt(tmp_path / f'{1201 + writer}-c.gnt', [(c, draw_character(40)) for c in characters])
+    index = training_index([tmp_path])
+    assert writers_of(index).tolist() == ['1201', '1202']
+    for seed in range(8):
+        training, validation = split_by_writer(index, 1, seed)
+        assert len(training) == len(validation) == 4
+    with pytest.raises(FeedError, match='7 writers for validation leave none of 2 to train on'):
+        split_by_writer(index, 7)
 
 
 def test_competition_files_are_refused(folder, tmp_path):

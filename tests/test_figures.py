@@ -1,3 +1,6 @@
+import os
+import warnings
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -47,6 +50,42 @@ def test_overview_shows_every_entry(count):
     assert {axes.get_title() for axes in figure.axes[count:]} <= {''}
 
 
+@pytest.mark.parametrize('name', ['a$^$.png', '$x$', '$', r'\frac{$}{_$'])
+def test_names_are_no_formulas(tmp_path, character, name):
+    figures.save(figures.overview_figure([(character, name, name)]), tmp_path / 'a.png')
+    figures.save(figures.answer_figure(character, character, character / 255, name), tmp_path / 'b.png')
+    assert (tmp_path / 'a.png').exists()
+    assert (tmp_path / 'b.png').exists()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+    ('name', 'caption'),
+    [
+        ('a' * 28, 'a' * 28),
+        ('啊' * 14, '啊' * 14),
+        ('a' * 251 + '.png', 'a' * 14 + '…' + 'a' * 9 + '.png'),
+        ('啊' * 83 + '.png', '啊' * 7 + '…' + '啊' * 4 + '.png'),
+    ],
+    ids=['letters', 'characters', 'long letters', 'long characters'],
+)
+def test_a_long_name_leaves_room_for_the_pictures(tmp_path, monkeypatch, character, name, caption):
+    monkeypatch.setattr(figures, 'shown', lambda text: text)
+    monkeypatch.setattr(figures, 'cjk_font', lambda: None)
+    figure = figures.overview_figure([(character, '1', name)] * 2)
+    assert figure.axes[0].texts[0].get_text() == caption
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Glyph')
+        figures.save(figure, tmp_path / 'a.png')
+
+
+@pytest.mark.parametrize('shape', [(512, 300, 3), (90, 512), (20, 30, 3)])
+def test_an_overview_keeps_thumbnails(shape):
+    figure = figures.overview_figure([(np.full(shape, 200, np.uint8), '1', '1.png')])
+    (shown,) = figure.axes[0].get_images()
+    assert max(shown.get_size()) == min(figures.THUMBNAIL, max(shape[:2]))
+
+
 def test_a_font_without_the_characters_is_not_taken():
     from matplotlib import font_manager
 
@@ -70,3 +109,47 @@ def test_windows_need_a_toolkit(monkeypatch):
 def test_save_leaves_the_old_file_where_it_fails(tmp_path):
     with pytest.raises(OSError):  # noqa: PT011 (the system's own words)
         figures.save(figures.overview_figure([(None, 'a', 'b')]), tmp_path / 'missing' / 'a.png')
+
+
+def figure_of_ours(path):
+    figures.save(figures.overview_figure([(None, 'a', 'b')]), path)
+
+
+def picture_of_the_user(path):
+    Image.new('L', (9, 9)).save(path)
+
+
+def larger_picture_of_the_user(path):
+    picture_of_the_user(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = (60_000).to_bytes(4, 'big') * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, 'big')
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ('name', 'make', 'is_ours', 'may_be_replaced'),
+    [
+        ('a.png', lambda path: None, False, True),
+        ('a' * 300 + '.png', lambda path: None, False, True),  # `save` says that it is too long
+        ('a.png', figure_of_ours, True, True),
+        ('a.png', picture_of_the_user, False, False),
+        ('a.png', larger_picture_of_the_user, False, False),
+        ('a.png', lambda path: path.write_text('text'), False, False),
+        ('a.png', lambda path: path.symlink_to('nowhere'), False, False),
+        ('a.png', lambda path: path.mkdir(), False, False),
+        pytest.param(
+            *('a.png', lambda path: os.mkfifo(path), False, False),
+            marks=pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no pipes in folders'),
+        ),
+    ],
+)
+def test_only_figures_of_ours_are_replaced(tmp_path, name, make, is_ours, may_be_replaced):
+    make(tmp_path / name)
+    assert figures.is_figure(tmp_path / name) is is_ours
+    assert figures.may_replace(tmp_path / name) is may_be_replaced
+
+
+def test_a_name_that_is_too_long_is_said_to_be(tmp_path):
+    with pytest.raises(OSError, match='name is too long'):
+        figure_of_ours(tmp_path / ('a' * 300 + '.png'))

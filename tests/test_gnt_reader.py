@@ -708,6 +708,19 @@ def test_info_of_damaged_files(casia, capsys):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize('rest', [False, True])
+def test_info_names_empty_files(casia, tmp_path, capsys, rest):
+    write(tmp_path / '1003-c.gnt', b'')  # what a failed unpack leaves behind
+    assert main(['info', str(tmp_path / '1003-c.gnt'), *([str(casia)] if rest else [])]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f'gnt_reader.py: {tmp_path / "1003-c.gnt"}: it is empty; fetch or unpack the file again'
+    ]
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines.get('writers') == ('2, 1001 … 1002' if rest else None)
+    assert lines.get('damaged') == ('1 places' if rest else None)
+
+
 @pytest.mark.parametrize('command', ['info', 'export', 'sheet'])
 @pytest.mark.parametrize('source', ['missing', 'x.png', 'empty', 'b\x1b[31m\n.gnt'])
 def test_bad_source_is_one_line(tmp_path, capsys, command, source):
@@ -725,7 +738,14 @@ def test_bad_source_is_one_line(tmp_path, capsys, command, source):
 
 @pytest.mark.parametrize(
     'arguments',
-    [[], ['info'], ['export', 'x'], ['export', 'x', 'y', '--limit', '0'], ['sheet', 'x', 'y', '--rows', '101']],
+    [
+        [],
+        ['info'],
+        ['export', 'x'],
+        ['export', 'x', 'y', '--limit', '0'],
+        ['sheet', 'x', 'y.png', '--rows', '101'],
+        ['sheet', 'x', 'y.txt'],
+    ],
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -782,6 +802,20 @@ def test_sheet_command(casia, tmp_path, capsys):
     assert main(['sheet', str(casia), str(out), '--font', str(tmp_path / 'no.ttf')]) == 1
     assert main(['sheet', str(casia), str(out), '--only', '😀']) == 1
     assert 'no GNT tag code' in capsys.readouterr().err
+
+
+def test_a_sheet_replaces_no_source(casia, capsys):
+    sources = sorted(casia.iterdir())
+    picture = casia / 'samples.png'
+    write_gnt(picture, [('啊', image_of(5, 5))])  # content decides what a file is
+    before = [path.read_bytes() for path in (*sources, picture)]
+    with pytest.raises(SystemExit) as caught:
+        main(['sheet', *map(str, sources)])  # without an OUT.png
+    assert caught.value.code == 2
+    assert "ends in .png, received '" in capsys.readouterr().err
+    assert main(['sheet', str(sources[0]), str(picture), f'{casia}/../{casia.name}/{picture.name}']) == 1
+    assert 'would be replaced' in capsys.readouterr().err
+    assert [path.read_bytes() for path in (*sources, picture)] == before
 
 
 def test_ctrl_c(casia, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def test_second_load_comes_from_the_cache(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [handwriting.CACHE_NAME, 'hanzi-writer-data-2.0.1.tgz']
 
 
-@pytest.mark.parametrize('damage', ['other archive', 'truncated', 'text', 'empty'])
+@pytest.mark.parametrize('damage', ['other archive', 'truncated', 'text', 'empty', 'npy'])
 def test_a_stale_or_damaged_cache_is_built_anew(tmp_path, damage):
     archive = hanzi_writer_data(tmp_path, '一十')
     Material.load(tmp_path)
@@ -163,7 +164,10 @@ def test_a_stale_or_damaged_cache_is_built_anew(tmp_path, damage):
         archive.unlink()
         hanzi_writer_data(tmp_path, '一十口')
     else:
-        cache.write_bytes({'truncated': content[: len(content) // 2], 'text': b'not a zip', 'empty': b''}[damage])
+        npy = io.BytesIO()
+        np.save(npy, np.zeros(3))
+        damaged = {'truncated': content[: len(content) // 2], 'text': b'not a zip', 'empty': b'', 'npy': npy.getvalue()}
+        cache.write_bytes(damaged[damage])
     material = Material.load(tmp_path)
     assert (material.entry[LABEL_INDEX['口'], 0] >= 0) == (damage == 'other archive')
     assert material.count[LABEL_INDEX['十'], 0] == 2
@@ -190,6 +194,41 @@ def test_unusable_material_is_named(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(MaterialError, match=message):
         Material.load(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['@fontsource/long-cang', 'fonts-seto'])
+def test_a_damaged_font_is_named(tmp_path, name):
+    hanzi_writer_data(tmp_path)
+    package = next(package for package in handwriting.PACKAGES if package.name == name)
+    data = write_archive(tmp_path / 'data.tar.gz', {'a/long-cang-400-normal.woff2': b'no font', 'a/setofont.ttf': b''})
+    if package.registry == 'npm':
+        path = data.rename(tmp_path / 'fontsource-long-cang-5.3.0.tgz')
+    else:
+        path = tmp_path / 'fonts-seto_1_all.deb'
+        body = data.read_bytes()
+        path.write_bytes(b'!<arch>\n' + b'data.tar.gz'.ljust(48) + str(len(body)).encode().ljust(10) + b'`\n' + body)
+    with pytest.raises(MaterialError, match=rf'{path.name}: a font in it is damaged \(.+\). Delete it'):
+        Material.load(tmp_path)
+
+
+@pytest.mark.parametrize('suffix', ['.whl', '.tgz', '.tar.xz'])
+def test_values_damaged_in_an_archive_are_named(tmp_path, suffix):
+    content = np.random.default_rng(0).integers(0, 4, 300_000).astype(np.uint8).tobytes()
+    path = tmp_path / f'some{suffix}'
+    if suffix == '.whl':
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr('a.json', content)
+    else:
+        with tarfile.open(path, 'w:gz' if suffix == '.tgz' else 'w:xz') as archive:
+            info = tarfile.TarInfo('a.json')
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    whole = bytearray(path.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 20_000] = bytes(255 - byte for byte in whole[middle : middle + 20_000])
+    path.write_bytes(whole)
+    with pytest.raises(MaterialError, match=rf'{path.name}: damaged archive'):
+        list(handwriting.read_members(path, r'.*\.json'))
 
 
 def test_missing_folder_says_what_to_do(tmp_path):
@@ -263,11 +302,15 @@ def test_sheet_is_written(tmp_path, capsys):
         (['.'], 2, 'nothing to do'),
         ([], 2, '--download'),
         (['.', '--speed', '--columns', '0'], 2, '--columns'),
+        (['--download', 'afile'], 1, '--download takes a folder'),
+        (['--download', 'afile/material'], 1, '--download takes a folder'),
+        (['x\x1b[31m\n', '--sheet', 's.png'], 1, r'x\x1b[31m\n: no such folder'),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, message):
     hanzi_writer_data(tmp_path)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'afile').touch()
     try:
         result = handwriting.main(arguments)
     except SystemExit as stop:
@@ -276,6 +319,17 @@ def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, argumen
     assert result == status
     assert message in error
     assert 'Traceback' not in error
+    assert '\x1b' not in error
+
+
+@pytest.mark.parametrize('arguments', [['.', '--sheet', 's.png'], ['--download', 'new']])
+def test_without_opencv_nothing_is_begun(tmp_path, monkeypatch, capsys, arguments):
+    hanzi_writer_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'cv2', None)
+    assert handwriting.main(arguments) == 1
+    assert capsys.readouterr().err == 'cv2 is not installed: pip install -r requirements-train.txt\n'
+    assert [path.name for path in tmp_path.iterdir()] == ['hanzi-writer-data-2.0.1.tgz']
 
 
 def test_download_says_what_is_missing(tmp_path, monkeypatch, capsys):

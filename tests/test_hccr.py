@@ -82,10 +82,19 @@ def test_predict_refuses_values(recogniser, inputs, change):
         recogniser.probabilities(change(inputs.astype(np.float32)))
 
 
-@pytest.mark.parametrize('temperature', [0, -1, float('nan'), float('inf')])
-def test_temperatures_are_above_0(small_file, temperature):
-    with pytest.raises(ValueError, match='above 0'):
+@pytest.mark.parametrize('temperature', [0, -1, 1e-50, 1e4, float('nan')])
+def test_temperatures_have_bounds(small_file, temperature):
+    with pytest.raises(ValueError, match='temperature is a number from'):
         HCCR(small_file, temperature=temperature)
+
+
+def test_the_largest_logits_give_probabilities(inputs):
+    class Loud(Counting):
+        def run(self, inputs):
+            return super().run(inputs)._replace(logits=np.array([[1e37, 0, -1e37, 1e37, 1]] * len(inputs), np.float32))
+
+    probabilities = HCCR(Loud(), SMALL_LABELS, temperature=1e-3).probabilities(inputs)
+    assert np.allclose(probabilities, [[0.5, 0, 0, 0.5, 0]])
 
 
 def test_read_takes_one_file_or_picture_as_well(recogniser, tmp_path):

@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -111,7 +112,7 @@ def test_bfloat16_changes_little(small_model, inputs):
     ],
 )
 def test_the_precision_fits_processor_and_network(monkeypatch, build, processor, precision):
-    monkeypatch.setattr(inference, '_multiplies_bfloat16', lambda: processor)
+    monkeypatch.setattr(inference, 'multiplies_bfloat16', lambda: processor)
     assert KerasRuntime(build(input_shape=(48, 48, 1), num_classes=2)).precision == precision
 
 
@@ -129,7 +130,7 @@ def test_the_processor_says_what_it_multiplies(tmp_path, text, expected):
     path = tmp_path / 'cpuinfo'
     if text is not None:
         path.write_text(text)
-    assert inference._multiplies_bfloat16(path) is expected
+    assert inference.multiplies_bfloat16(path) is expected
 
 
 def test_one_trace_serves_every_batch(small_model, inputs):
@@ -148,6 +149,17 @@ def test_wrong_networks_and_precisions_are_refused(small_model):
         KerasRuntime(keras.Sequential([keras.Input((96, 96, 1)), keras.layers.Flatten()]))
     with pytest.raises(ValueError, match="received 'int4'"):
         KerasRuntime(small_model, 'int4')
+
+
+def test_answers_of_keras_that_are_not_numbers_are_an_error():
+    model = melnyk_48()
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):  # finite, as a file may hold them, and too large
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights([gamma * 1e30, beta, mean, variance])
+    for name, arguments in (('melnyk_net', {}), ('a.h5', {'path': Path('a.h5')})):
+        with pytest.raises(ModelFileError, match=f'{name}: its answers are not numbers'):
+            KerasRuntime(model, 'float32', **arguments).run(np.full((2, 48, 48), 200, np.uint8))
 
 
 # --- Class activation maps
@@ -193,6 +205,27 @@ def test_answers_come_in_order_whatever_the_threads(small_tflite, inputs, thread
     together = runtime.run(inputs)
     alone = [runtime.run(one[None]).logits[0] for one in inputs]
     assert np.allclose(together.logits, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_one_runtime_serves_several_threads(small_tflite, inputs, threads):
+    runtime = LiteRtRuntime(small_tflite, threads)
+    batches = [inputs[:1], inputs[:3], inputs[3:], inputs[4:5]] * 3
+    expected = [runtime.run(batch).logits for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for outputs, logits in zip(pool.map(runtime.run, batches), expected, strict=True):
+            assert np.allclose(outputs.logits, logits, atol=1e-4)
+
+
+def test_a_network_that_cannot_run_is_an_error_of_its_file(small_tflite, inputs, monkeypatch):
+    runtime = LiteRtRuntime(small_tflite, 1)
+
+    def fail():
+        raise RuntimeError('a node failed\nand more of it')
+
+    monkeypatch.setattr(runtime._workers[0]._interpreter, 'invoke', fail)
+    with pytest.raises(ModelFileError, match=r'small\.tflite: damaged TensorFlow Lite model \(a node failed\)'):
+        runtime.run(inputs)
 
 
 def test_the_recogniser_answers_from_either_file(small_file, small_tflite, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SMALL_LABELS, draw_character
 from PIL import Image
@@ -262,6 +263,12 @@ def test_what_is_missing_is_named_and_the_rest_answered(folder, run, tmp_path):
     assert 'an empty name' in errors
 
 
+def test_a_network_of_few_characters_gives_them_all(folder, run):
+    status, output, _ = run(folder / '1.png', '-n', 50)
+    assert status == 0
+    assert output.count('Dear User') == len(SMALL_LABELS)
+
+
 def test_each_image_is_answered_once(folder, run):
     status, output, _ = run(folder / '1.png', folder / '1.png', folder / '1*.png', '-n', 1)
     assert status == 0
@@ -406,7 +413,7 @@ def test_pages_of_the_overview_take_no_name_of_an_image(tmp_path, monkeypatch):
     plotter = main.Plotter(str(tmp_path))
     plotter.begin([Path('overview.png'), Path('a.png')])
     for stem in ('overview', 'a'):
-        plotter.add(Reading(Path(f'{stem}.png'), (Candidate('一', 0.9),)))
+        plotter.add(Reading(Path(f'{stem}.png'), (Candidate('一', 0.9),), image=np.zeros((9, 9, 3), np.uint8)))
     assert saved == [
         ('page', 'overview.png'),
         ('answer', 'overview-2.png'),

@@ -41,6 +41,7 @@ def replaced(file, name, **dataset):
 
 
 BIAS, CONV = 'dense_1/dense_1/bias', 'conv2d_2/conv2d_2/kernel'
+VARIANCE = 'batch_normalization_1/batch_normalization_1/moving_variance'
 
 
 def external_link(file):
@@ -89,6 +90,7 @@ HOSTILE = {
     'scalar': (lambda f: replaced(f, BIAS, data=np.float32(1)), 'not an array'),
     'text': (lambda f: replaced(f, BIAS, data=[b'abc'] * 5), 'not an array'),
     'not finite': (lambda f: replaced(f, BIAS, data=np.array([0, 1, np.nan, 0, 0], 'f4')), 'not finite'),
+    'a variance below 0': (lambda f: replaced(f, VARIANCE, data=np.linspace(-1e-3, 1, 64, dtype='f4')), 'below 0'),
     'a group for a dataset': (
         lambda f: (f.__delitem__(f'model_weights/{BIAS}'), f.create_group(f'model_weights/{BIAS}')),
         'dense_1',
@@ -113,6 +115,10 @@ HOSTILE = {
     'a label twice': (lambda f: described(f, labels='一一二三人'), 'twice'),
     'labels that are numbers': (lambda f: described(f, labels=[1, 2, 3, 4, 5]), 'one character'),
     'infinite temperature': (lambda f: described(f, temperature=float('inf')), 'temperature'),
+    'a temperature of next to nothing': (lambda f: described(f, temperature=1e-50), 'temperature'),
+    'a temperature too low': (lambda f: described(f, temperature=9e-4), 'temperature'),
+    'a temperature too high': (lambda f: described(f, temperature=1001.0), 'temperature'),
+    'a temperature below 0': (lambda f: described(f, temperature=-1.0), 'temperature'),
     'huge input': (lambda f: described(f, input_shape=[10**6, 10**6, 1]), 'input_shape'),
     'another pooling': (lambda f: described(f, global_average_type='GAP'), 'described as GAP'),
     'unknown field': (lambda f: described(f, code='import os'), 'description'),

@@ -11,7 +11,7 @@ from run_folder import FIELDS, Picture, RunFolder, RunFolderError
 @pytest.fixture
 def folder(tmp_path):
     folder = RunFolder(tmp_path / 'run')
-    folder.start({'seed': 1, 'data': '汉字'})
+    folder.start({'seed': 1, 'data': '汉字'}, [np.zeros(2)], {'step': 0})
     return folder
 
 
@@ -22,9 +22,26 @@ def row(step):
 def test_a_run_is_not_overwritten(folder):
     assert folder.config() == {'seed': 1, 'data': '汉字'}
     with pytest.raises(RunFolderError, match='--resume'):
-        RunFolder(folder.path).start({})
+        RunFolder(folder.path).start({}, [], {})
     with pytest.raises(RunFolderError, match='no run to go on with'):
         RunFolder(folder.path / 'other').config()
+
+
+def test_a_run_that_is_there_can_go_on(folder, tmp_path, monkeypatch):
+    assert folder.can_go_on
+    arrays, counters = folder.load_state()
+    assert (len(arrays), counters) == (1, {'step': 0})
+    # Whatever it is stopped at, there is no run, or one that can go on.
+    other = RunFolder(tmp_path / 'other')
+    monkeypatch.setattr(RunFolder, 'save_state', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        other.start({}, [], {})
+    assert not other.can_go_on
+    other.refuse_existing()
+    # A run of an older version may have been stopped before its first state.
+    (folder.path / 'state.npz').unlink()
+    with pytest.raises(RunFolderError, match='holds a run without a saved state; delete it'):
+        folder.refuse_existing()
 
 
 def test_the_log_goes_on_where_the_state_was_saved(folder):
@@ -102,6 +119,7 @@ def test_a_state_that_is_not_finite_does_not_replace_a_good_one(folder):
 
 @pytest.mark.parametrize('content', [None, b'', b'not an archive'])
 def test_a_missing_or_damaged_state_is_said_so(folder, content):
+    (folder.path / 'state.npz').unlink()
     if content is not None:
         (folder.path / 'state.npz').write_bytes(content)
     with pytest.raises(RunFolderError, match='no saved state to go on from'):

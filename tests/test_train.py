@@ -4,7 +4,10 @@ import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -14,13 +17,17 @@ from conftest import draw_character
 from PIL import Image
 
 import handwriting
+import learner
 import melnyk_net
 import train
 from data_utils import LABELS
 from feed import Batch
 from gnt_reader import write_gnt
+from learner import LearnerError, area_weights, carry_weights
 from run_folder import FIELDS, Picture
-from train import KeptSamples, Plateau, Recipe, TrainingError, area_weights, carry_weights, cosine, plateau
+from train import KeptSamples, Plateau, Recipe, TrainingError, cosine, plateau
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +88,7 @@ def curve(folder):
 @contextlib.contextmanager
 def stopped_after(steps, monkeypatch):
     """Let a run end by Ctrl-C when it begins the step after so many."""
-    original, left = train.TrainingModel.train_on_batch, iter(range(steps))
+    original, left = learner.TrainingModel.train_on_batch, iter(range(steps))
 
     def until_stopped(self, *args, **kwargs):
         if next(left, None) is None:
@@ -89,7 +96,7 @@ def stopped_after(steps, monkeypatch):
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.TrainingModel, 'train_on_batch', until_stopped)
+        patch.setattr(learner.TrainingModel, 'train_on_batch', until_stopped)
         yield
 
 
@@ -118,7 +125,10 @@ def test_a_run_on_scanned_samples_learns_and_leaves_its_files(gnt, tmp_path, cap
     config = json.loads((out / 'config.json').read_text())
     assert config['recipe']['optimizer'] == 'sgd'
     assert config['options']['val_writers'] == 1
-    assert 'images/s' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'images/s' in said
+    best = max(float(row['val_top1']) for row in rows if row['val_top1'])
+    assert said.splitlines()[-1] == f'best model: {out / "best.h5"}, right on {best:.2%} of the samples to measure with'
     model, info = melnyk_net.load_model(out / 'best.h5')
     assert model.input_shape == (None, 48, 48, 1)
     assert 'scanned samples' in info.note
@@ -148,6 +158,64 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_curve(gnt, tmp_path, m
     assert_same_curve(tmp_path / 'parts', tmp_path / 'whole')
 
 
+def test_a_run_that_is_stopped_before_its_first_step_goes_on(gnt, tmp_path, monkeypatch, capsys):
+    arguments = ('--gnt', gnt, '--val-writers', 1, '--epochs', 2, '--learning-rate', 0.02)
+    train.train(*options(*arguments, '--out', tmp_path / 'whole'))
+    capsys.readouterr()
+    parts = tmp_path / 'parts'
+    command = [str(a) for a in (*arguments, *SMALL, '--out', parts)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'prepare_data', interrupted)
+        assert train.main(command) == 130
+    assert capsys.readouterr().err.strip() == 'train.py: stopped'  # nothing to go on from is promised
+    assert not parts.exists()
+    with stopped_after(0, monkeypatch):
+        assert train.main(command) == 130
+    assert f'stopped; --resume {parts} goes on' in capsys.readouterr().err
+    assert train.main(command) == 1
+    assert f'go on with --resume {parts}' in capsys.readouterr().err
+    assert train.main(['--resume', str(parts)]) == 0
+    assert_same_curve(parts, tmp_path / 'whole')
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('change', ['come', 'gone', 'changed'])
+def test_a_run_whose_files_have_changed_does_not_go_on(change, gnt, tmp_path, monkeypatch, capsys):
+    scans = shutil.copytree(gnt, tmp_path / 'scans')
+    with stopped_after(1, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train.train(*options('--gnt', scans, '--val-writers', 1, '--epochs', 1, '--out', tmp_path / 'run'))
+    moved = scans.rename(tmp_path / 'moved')  # the files count, and not where they are
+    file = tmp_path / 'run' / 'config.json'
+    file.write_text(file.read_text().replace(str(scans), str(moved)))
+    if change == 'gone':
+        (moved / '1001-c.gnt').unlink()
+    else:
+        write_gnt(moved / ('1007-c.gnt' if change == 'come' else '1001-c.gnt'), [(LABELS[0], draw_character(40))])
+    capsys.readouterr()
+    assert train.main(['--resume', str(tmp_path / 'run')]) == 1
+    error = capsys.readouterr().err.strip()
+    assert 'files of --gnt have come, gone or changed since the run began' in error
+    assert '\n' not in error
+    shutil.rmtree(moved)
+    shutil.copytree(gnt, moved)
+    assert train.main(['--resume', str(tmp_path / 'run')]) == 0
+
+
+def test_material_is_rendered_before_the_workers_start_and_noticed_if_it_changes(material, tmp_path):
+    folder = shutil.copytree(material, tmp_path / 'material', ignore=shutil.ignore_patterns('*.npz'))
+    np.savez(tmp_path / 'own.npz', images=draw_character(60)[None], chars=np.array(['中']))
+    arguments = ('--drawn', folder, '--validate', tmp_path / 'own.npz')
+    before = train.prepare_data(options(*arguments)[0])
+    assert (folder / handwriting.CACHE_NAME).exists()
+    (tmp_path / 'strokes.json').write_text(json.dumps({'中': [[[[0, 0], [1, 1]], [[1, 0], [0, 1]]]]}))
+    after = train.prepare_data(options(*arguments, '--strokes', tmp_path / 'strokes.json')[0])
+    assert set(before.digests) == set(after.digests) == {'drawn'}
+    assert before.digests != after.digests
+
+
 def test_a_run_of_an_older_version_goes_on(gnt, tmp_path, monkeypatch):
     arguments = ('--gnt', gnt, '--val-writers', 1, '--epochs', 3, '--learning-rate', 0.02, '--save-minutes', 0)
     train.train(*options(*arguments, '--out', tmp_path / 'whole'))
@@ -157,7 +225,7 @@ def test_a_run_of_an_older_version_goes_on(gnt, tmp_path, monkeypatch):
     config = json.loads(file.read_text())
     for newer in ('images', 'images_share', 'classes', 'keep', 'strokes'):
         del config['options'][newer]
-    del config['recipe']['schedule']
+    del config['recipe']['schedule'], config['digests']
     config['options']['augment'] = False
     file.write_text(json.dumps(config))
     file = tmp_path / 'parts' / 'log.csv'
@@ -210,6 +278,9 @@ def test_weights_of_another_architecture_are_refused_in_one_line(gnt, tmp_path, 
         error = capsys.readouterr().err.strip()
         assert message in error
         assert '\n' not in error
+    arguments = ['--gnt', gnt, '--init', tmp_path / 'melnyk.h5', '--freeze', 6, '--out', tmp_path / 'run', *SMALL]
+    assert train.main([str(a) for a in arguments]) == 1
+    assert '--freeze is at most 5, received 6' in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
 
 
@@ -286,8 +357,8 @@ def teacher(tmp_path_factory):
 def test_a_run_asks_once_and_goes_on_wherever_it_stopped(material, teacher, tmp_path, monkeypatch, capsys):
     arguments = ['--drawn', material, '--teacher', teacher, '--keep', 70, '--samples', 144, '--save-minutes', 0]
     arguments += ['--val-samples', 16, '--validate-every', 96, '--learning-rate', 0.01, '--warmup', 2]
-    asked, ask = [], train.ask
-    monkeypatch.setattr(train, 'ask', lambda *args: asked.append(1) or ask(*args))
+    asked, ask = [], learner.ask
+    monkeypatch.setattr(learner, 'ask', lambda *args: asked.append(1) or ask(*args))
     train.train(*options(*arguments, '--out', tmp_path / 'whole'))
     assert len(asked) == 4  # of nine steps: 64 samples are kept
     with stopped_after(3, monkeypatch), pytest.raises(KeyboardInterrupt):  # in the first pass
@@ -441,7 +512,7 @@ def test_what_both_networks_know_is_carried_over():
     target = melnyk_net.melnyk_net((48, 48, 1), num_classes=3)
     source.set_weights([rng.normal(size=w.shape) for w in source.get_weights()])
     fresh = target.get_layer('dense_1').get_weights()
-    carry_weights(source, target, train.shared_classes('一二三人口', '口龘二'))
+    carry_weights(source, target, learner.shared_classes('一二三人口', '口龘二'))
     old, new = (model.get_layer('dense_1').get_weights() for model in (source, target))
     for theirs, ours, before in zip(old, new, fresh, strict=True):
         np.testing.assert_array_equal(ours[..., [0, 2]], theirs[..., [4, 1]].astype(np.float32))
@@ -449,7 +520,7 @@ def test_what_both_networks_know_is_carried_over():
     for layer in ('conv2d_3', 'batch_normalization_2', 'global_weighted_average_pooling2d_1'):
         for theirs, ours in zip(*(model.get_layer(layer).get_weights() for model in (source, target)), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    assert train.shared_classes(LABELS, tuple(LABELS)) is None
+    assert learner.shared_classes(LABELS, tuple(LABELS)) is None
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------
@@ -522,22 +593,30 @@ def test_both_sources_mix_in_half_precision_from_other_weights(gnt, material, tm
     assert np.abs(learned[0] - learned[1]).max() > 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_one(gnt, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ('bad', 'advice'), [(1, 'again with a lower'), (9, 'again with --init {out}/best.h5, a lower')]
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_one(
+    bad, advice, gnt, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / 'run'
     arguments = ('--gnt', gnt, '--val-writers', 1, '--epochs', 4, '--save-minutes', 0, '--out', out, *SMALL)
-    original, step = train.TrainingModel.train_on_batch, [0]
+    original, step = learner.TrainingModel.train_on_batch, [0]
 
     def diverging(self, *args, **kwargs):
         step[0] += 1
         result = original(self, *args, **kwargs)
-        return result | {'loss': math.nan} if step[0] == 9 else result
+        return result | {'loss': math.nan} if step[0] == bad else result
 
-    monkeypatch.setattr(train.TrainingModel, 'train_on_batch', diverging)
+    monkeypatch.setattr(learner.TrainingModel, 'train_on_batch', diverging)
     assert train.main([str(a) for a in arguments]) == 1
-    assert 'the loss is nan at step 9' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f'the loss is nan at step {bad}; start {advice.format(out=out)} --learning-rate and another --out' in error
     _, counters = train.RunFolder(out).load_state()
-    assert counters['step'] == 8
-    melnyk_net.load_model(out / 'best.h5')
+    assert counters['step'] == bad - 1
+    assert (out / 'best.h5').exists() == (bad > 1)
+    if bad > 1:
+        melnyk_net.load_model(out / 'best.h5')
 
 
 @pytest.mark.parametrize(
@@ -562,8 +641,44 @@ def test_what_cannot_start_says_why_in_one_line(arguments, message, tmp_path, mo
     ('arguments', 'message'),
     [
         ((), 'what to learn from'),
-        (('--gnt', 'x', '--batch-size', '0'), 'at least 1'),
-        (('--gnt', 'x', '--gnt-share', '1.5'), 'from 0 to 1'),
+        (('--gnt', 'x', '--batch-size', '0'), 'from 1 to'),
+        (('--drawn', 'x', '--learning-rate', '-1'), 'a number above 0'),
+        (('--drawn', 'x', '--learning-rate', '0'), 'a number above 0'),
+        (('--drawn', 'x', '--learning-rate', 'nan'), 'a number above 0'),
+        (('--drawn', 'x', '--teacher', 'y', '--temperature', '0'), 'a number above 0'),
+        (('--drawn', 'x', '--teacher', 'y', '--label-weight', '-0.1'), 'a number of at least 0'),
+        (('--drawn', 'x', '--warmup', '-5'), 'a whole number of at least 0'),
+        (('--drawn', 'x', '--weight-decay', 'inf'), 'a number of at least 0'),
+        (('--drawn', 'x', '--dropout', '1.5'), 'from 0 to below 1'),
+        (('--drawn', 'x', '--dropout', '1'), 'from 0 to below 1'),
+        (('--drawn', 'x', '--l2', '-1'), 'a number of at least 0'),
+        (('--drawn', 'x', '--seed', '-1'), 'a whole number of at least 0'),
+        (('--drawn', 'x', '--save-minutes', '-1'), 'a number of at least 0'),
+        (('--drawn', 'x', '--init', 'y', '--freeze', '-1'), 'a whole number of at least 0'),
+        (('--gnt', 'x', '--samples', '1000'), '--samples counts drawn samples'),
+        (('--gnt', 'x', '--drawn', 'y', '--epochs', '2', '--samples', '9'), '--samples counts drawn samples'),
+        (('--drawn', 'x', '--epochs', '3'), '--epochs counts passes'),
+        (('--images', 'x', '--drawn', 'y', '--epochs', '3'), '--epochs counts passes'),
+        (('--gnt', 'x', '--weight-decay', '0.1'), "--weight-decay is not in the paper's recipe"),
+        (('--gnt', 'x', '--warmup', '5'), "--warmup is not in the paper's recipe"),
+        (('--gnt', 'x', '--validate-every', '5'), '--validate-every counts drawn samples'),
+        (('--gnt', 'x', '--strokes', 's.json'), '--strokes is for --drawn'),
+        (('--gnt', 'x', '--stroke-share', '0.6'), '--stroke-share is for --drawn'),
+        (('--gnt', 'x', '--temperature', '2'), '--temperature is for --teacher'),
+        (('--drawn', 'x', '--label-weight', '0.1'), '--label-weight is for --teacher'),
+        (('--images', 'x', '--gnt-share', '.1'), '--gnt-share is for --gnt beside --drawn'),
+        (('--gnt', 'x', '--gnt-share', '0.5'), '--gnt-share is for --gnt beside --drawn'),
+        (('--images', 'x', '--images-share', '.1'), '--images-share is for --images beside'),
+        (('--drawn', 'x', '--no-augment'), '--augment is for --gnt and --images'),
+        (('--drawn', 'x', '--limit', '5'), '--limit is for --gnt and --images'),
+        (('--drawn', 'x', '--val-writers', '5'), '--val-writers is for --gnt'),
+        (('--drawn', 'x', '--validate', 'y', '--val-samples', '5'), '--val-samples is for samples that are set aside'),
+        (('--gnt', 'x', '--processes', '2', '--process', '1'), 'give --coordinator'),
+        (('--resume', 'x', '--processes', '2'), 'give --coordinator'),
+        (('--resume', 'x', '--learning-rate', '1e-5', '--workers', '2'), 'leave --learning-rate out'),
+        (('--resume', 'x', '--seed', '0', '--out', 'y'), 'leave --out, --seed out'),
+        (('--resume', 'x', '--smoke'), 'leave --smoke out'),
+        (('--gnt', 'x', '--gnt-share', '1.5'), 'between 0 and 1'),
         (('--gnt', 'x', '--gnt-share', '1'), 'between 0 and 1'),
         (('--drawn', 'x', '--stroke-share', 'all'), 'from 0 to 1'),
         (('--gnt', 'x', '--process', '1'), '--process is 0'),
@@ -583,6 +698,34 @@ def test_wrong_usage(arguments, message, capsys):
         train.main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_given_goes_before_what_a_smoke_run_sets():
+    settings, recipe = train.parse(['--gnt', 'x', '--smoke', '--size', '96', '--val-samples', '15000'])
+    assert (settings.size, settings.val_samples, settings.limit, recipe.epochs) == (96, 15000, 160, 2)
+
+
+def test_the_command_line_answers_without_keras(monkeypatch):
+    script = 'import sys, train\ntry: train.main(["--help"])\nfinally: print(sorted(sys.modules))'
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'run folder (default: runs/train)' in done.stdout
+    modules = done.stdout.splitlines()[-1]
+    assert not [name for name in ('keras', 'tensorflow', 'matplotlib', 'cv2', 'scipy') if f"'{name}'" in modules]
+    assert done.stderr == ''
+    assert tuple(train.PRECISIONS) == tuple(melnyk_net.ARCHITECTURES)
+    # The programs that a small installation has are enough.
+    for package in ('keras', 'tensorflow', 'h5py', 'matplotlib', 'cv2'):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert train.parse(['--gnt', 'x'])[1] == train.PAPER
+
+
+@pytest.mark.parametrize('package', ['keras', 'matplotlib', 'cv2'])
+def test_a_missing_package_is_named_before_any_work(package, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert train.main(['--drawn', 'nowhere', '--out', str(tmp_path / 'run')]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error == f'train.py: {package} is not installed: pip install -r requirements-train.txt'
+    assert not (tmp_path / 'run').exists()
 
 
 def test_competition_files_neither_train_nor_choose(gnt, tmp_path, capsys):
@@ -629,6 +772,119 @@ def test_the_cosine_warms_up_and_falls():
     assert rates[100] == pytest.approx(0.04)
 
 
+def tiny_classifier(seed, regularizer=None):
+    """A network of three classes for images of 4×4."""
+    keras.utils.set_random_seed(seed)
+    layers = [keras.Input((4, 4, 1)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten()]
+    return keras.Sequential([*layers, keras.layers.Dense(3, kernel_regularizer=regularizer, bias_initializer='normal')])
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize('taught', ['by nobody', 'by a teacher', 'by answers that were kept'])
+def test_the_loss_is_made_of_label_teacher_and_l2(taught):
+    rng = np.random.default_rng(0)
+    student, teacher = tiny_classifier(1, keras.regularizers.L2(0.3)), tiny_classifier(2)
+    asked = teacher if taught == 'by a teacher' else None
+    model = learner.TrainingModel(student, asked, label_weight=0.2, temperature=3.0)
+    images = rng.integers(0, 256, (5, 4, 4)).astype(np.uint8)
+    labels, trusted = rng.integers(0, 3, 5).astype(np.int32), np.array([1, 1, 0, 1, 1], np.float32)
+    logits, opinion = (np.asarray(net(images[..., None].astype(np.float32))) for net in (student, teacher))
+    inputs = (images, opinion.astype(np.float16)) if taught == 'by answers that were kept' else images
+
+    cross_entropy = np.mean(-trusted * log_softmax(logits)[np.arange(5), labels])
+    l2 = 0.3 * np.sum(np.square(student.layers[-1].get_weights()[0]))
+    target, answer = log_softmax(opinion / 3), log_softmax(logits / 3)
+    divergence = np.mean(np.sum(np.exp(target) * (target - answer), axis=1))
+    expected = l2 + (cross_entropy if taught == 'by nobody' else 3**2 * divergence + 0.2 * cross_entropy)
+    answers = model(inputs, training=True)
+    assert float(model.compute_loss(inputs, labels, answers, trusted)) == pytest.approx(expected, rel=1e-3)
+    # What it is measured by is the label alone.
+    measured = model.compute_loss(inputs, labels, answers, trusted, training=False)
+    assert float(measured) == pytest.approx(cross_entropy, rel=1e-4)
+
+
+def test_the_recipe_reaches_optimizer_and_layers():
+    settings, recipe = train.parse(['--drawn', 'x', '--size', '48', '--weight-decay', '0.07', '--dropout', '0.3'])
+    model, teacher = train.build(settings, replace(recipe, bn_momentum=0.8, l2=0.01))
+    assert teacher is None
+    decayed = {variable.name for variable in model.trainable_variables if model.optimizer._use_weight_decay(variable)}
+    spared = {variable.name for variable in model.trainable_variables} - decayed
+    assert (decayed, spared) == ({'kernel'}, {'gamma', 'beta', 'bias', 'W'})
+    assert model.optimizer.weight_decay == 0.07
+    layers = {layer.name: layer for layer in model.student.layers}
+    assert layers['dropout_1'].rate == 0.3
+    assert {layer.momentum for name, layer in layers.items() if 'normalization' in name} == {0.8}
+    for name, layer in layers.items():
+        if name.startswith(('conv', 'dense')):
+            assert layer.kernel_regularizer.l2 == pytest.approx(0.01)
+
+
+def test_weights_are_averaged_and_come_back():
+    model = tiny_classifier(1)
+    average = learner.WeightAverage(model, 0.9)
+    expected = model.get_weights()
+    rng = np.random.default_rng(0)
+    # At first it forgets fast what it began with; later it looks up every ten steps.
+    for step, keep in ((1, 1 / 11), (2, 2 / 12), (99, 99 / 109), (105, 1), (110, 0.9**10), (200, 0.9**10)):
+        keep = min(keep, 0.9) if step < 100 else keep
+        model.set_weights([rng.normal(size=weight.shape) for weight in expected])
+        average.update(step)
+        expected = [keep * old + (1 - keep) * new for old, new in zip(expected, model.get_weights(), strict=True)]
+    last = model.get_weights()
+    with average.in_place():
+        for mine, wanted, weight in zip(model.get_weights(), expected, last, strict=True):
+            np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-6)
+            assert np.abs(mine - weight).max() > 0.01
+    for mine, weight in zip(model.get_weights(), last, strict=True):
+        np.testing.assert_array_equal(mine, weight)
+
+
+def test_without_momentum_nothing_is_averaged():
+    model = tiny_classifier(1)
+    average = learner.WeightAverage(model, 0.0)
+    before = model.get_weights()
+    average.update(1)
+    with average.in_place():
+        np.testing.assert_array_equal(model.get_weights()[0], before[0])
+    assert average.values == []
+
+
+def test_scans_and_pictures_are_augmented_as_asked(gnt, tmp_path):
+    folder = write_pictures(tmp_path / 'mine', {'中': 3, '国': 3})
+    for source, default in (('--gnt', False), ('--images', True)):
+        for flags, expected in (((), default), (('--augment',), True), (('--no-augment',), False)):
+            settings, _ = options(source, gnt if source == '--gnt' else folder, *flags)
+            data = train.prepare_data(settings)
+            plain = replace(data.source, augment=False).batch(range(8)).images
+            assert data.source.augment is expected
+            assert (data.source.batch(range(8)).images != plain).any() == expected
+
+
+@pytest.mark.parametrize(
+    ('processor', 'asked', 'student', 'teacher'),
+    [
+        (True, (), 'bfloat16', 'bfloat16'),
+        (False, (), 'float32', 'float32'),
+        (False, ('--precision', 'bfloat16'), 'bfloat16', 'bfloat16'),
+        (True, ('--precision', 'float32'), 'float32', 'float32'),
+        (True, ('--architecture', 'mobilenet_v3_small'), 'float32', 'bfloat16'),
+    ],
+)
+@pytest.mark.skipif(keras.backend.backend() != 'tensorflow', reason='the choice is for TensorFlow')
+def test_the_precision_fits_the_processor(processor, asked, student, teacher, monkeypatch):
+    monkeypatch.setattr(learner, 'multiplies_bfloat16', lambda: processor)
+    monkeypatch.setattr(learner, '_on_tensorflow_processor', lambda: True)
+    wanted = []
+    monkeypatch.setattr(learner, 'load_teacher', lambda path, labels, precision: wanted.append(precision))
+    settings, recipe = train.parse(['--drawn', 'x', '--teacher', 'y', '--size', '48', *asked])
+    model, _ = train.build(settings, recipe)
+    assert next(layer for layer in model.student.layers if layer.name.startswith('conv')).compute_dtype == student
+    assert wanted == [teacher]
+
+
 @pytest.mark.parametrize(('old', 'new'), [(96, 48), (96, 64), (3, 6), (4, 6), (5, 5)])
 def test_area_weights_are_means_that_lose_nothing(old, new):
     weights = area_weights(old, new)
@@ -659,7 +915,7 @@ def test_weights_carry_over_to_another_size_and_pooling(kinds):
 
 def test_weights_of_another_number_of_classes_do_not_fit_without_labels():
     models = [melnyk_net.melnyk_net((48, 48, 1), num_classes=n) for n in (5, 6)]
-    with pytest.raises(TrainingError, match='dense_1'):
+    with pytest.raises(LearnerError, match='dense_1'):
         carry_weights(*models)
 
 
@@ -667,7 +923,7 @@ def test_weights_of_another_number_of_classes_do_not_fit_without_labels():
 def test_fused_batch_normalization_is_batch_normalization():
     rng = np.random.default_rng(0)
     images = rng.normal(3, 2, (8, 5, 5, 4)).astype(np.float32)
-    layers = [keras.layers.BatchNormalization(momentum=0.9), train._fused_batch_normalization()(momentum=0.9)]
+    layers = [keras.layers.BatchNormalization(momentum=0.9), learner._fused_batch_normalization()(momentum=0.9)]
     for layer in layers:
         layer.build(images.shape)
         layer.set_weights([np.arange(1, 5), np.arange(4), np.ones(4), np.full(4, 2.0)])
@@ -681,19 +937,49 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
     keras.Sequential([keras.Input((96, 96, 1)), keras.layers.Flatten(), keras.layers.Dense(3)]).save(
         tmp_path / 't.keras'
     )
-    with pytest.raises(TrainingError, match='gives 3755 logits; this one reads'):
-        train.load_teacher(tmp_path / 't.keras', LABELS, 'float32')
+    with pytest.raises(LearnerError, match='gives 3755 logits; this one reads'):
+        learner.load_teacher(tmp_path / 't.keras', LABELS, 'float32')
     (tmp_path / 'broken.keras').write_bytes(b'no model')
-    with pytest.raises(TrainingError, match='not a teacher'):
-        train.load_teacher(tmp_path / 'broken.keras', LABELS, 'float32')
+    with pytest.raises(LearnerError, match='not a teacher'):
+        learner.load_teacher(tmp_path / 'broken.keras', LABELS, 'float32')
+
+
+@pytest.mark.parametrize('end', ['logits', 'activation', 'activation layer', 'softmax layer', 'operation', 'nested'])
+def test_a_teacher_teaches_by_its_logits_or_is_refused(end, tmp_path):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((48, 48, 1))
+    x = keras.layers.Flatten()(keras.layers.AveragePooling2D(24)(inputs))
+    dense = keras.layers.Dense(5, activation='softmax' if end == 'activation' else None)
+    outputs = keras.Model(inputs, dense(x))(inputs) if end == 'nested' else dense(x)
+    if end in ('activation layer', 'softmax layer', 'operation', 'nested'):
+        outputs = {
+            'activation layer': keras.layers.Activation('softmax'),
+            'operation': keras.ops.softmax,
+        }.get(end, keras.layers.Softmax())(outputs)
+    if end == 'nested':
+        model = keras.Sequential([keras.Input((48, 48, 1)), keras.Model(inputs, outputs)])
+    else:
+        model = keras.Model(inputs, outputs)
+    model.save(tmp_path / 't.keras')
+    if end in ('operation', 'nested'):
+        with pytest.raises(LearnerError, match='this one gives probabilities; save it without the softmax'):
+            learner.load_teacher(tmp_path / 't.keras', '一二三人口', 'float32')
+        return
+    image = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 1)).astype(np.float32)
+    kernel, bias = dense.get_weights()
+    expected = image.reshape(3, 2, 24, 2, 24).mean((2, 4)).reshape(3, 4) @ kernel + bias
+    teacher = learner.load_teacher(tmp_path / 't.keras', '一二三人口', 'float32')
+    np.testing.assert_allclose(np.asarray(teacher(image)), expected, rtol=1e-3)
 
 
 def test_our_own_model_teaches_by_its_logits(tmp_path):
     model = melnyk_net.melnyk_net((48, 48, 1), num_classes=5)
     melnyk_net.save_model(model, tmp_path / 'own.h5', labels='一二三人口')
-    with pytest.raises(TrainingError, match='knows the same characters; this one knows 5: 一二三人口'):
-        train.load_teacher(tmp_path / 'own.h5', '一二三人中', 'float32')
-    teacher = train.load_teacher(tmp_path / 'own.h5', '一二三人口', 'float32')
+    with pytest.raises(
+        LearnerError, match=r'^\S+own\.h5: a teacher knows the same characters; this one knows 5: 一二三人口'
+    ):
+        learner.load_teacher(tmp_path / 'own.h5', '一二三人中', 'float32')
+    teacher = learner.load_teacher(tmp_path / 'own.h5', '一二三人口', 'float32')
     image = np.random.default_rng(0).integers(0, 256, (1, 48, 48, 1)).astype(np.float32)
     logits = np.asarray(teacher(image))
     np.testing.assert_allclose(np.asarray(keras.ops.softmax(logits)), np.asarray(model(image)), rtol=1e-4)
@@ -707,13 +993,13 @@ def test_validation_counts_every_sample_once_whatever_the_batch(gnt):
     logits = np.asarray(model(images))
     labels = rng.integers(0, 6, 21)
     labels[:7] = logits[:7].argmax(1)  # some are right
-    samples = train.Batch(images, labels, np.ones(21, bool))
+    samples = Batch(images, labels, np.ones(21, bool))
     right = logits.argmax(1) == labels
     recall = np.mean([right[labels == c].mean() for c in np.unique(labels)])
     place = (logits > logits[np.arange(21), samples.labels][:, None]).sum(1)
     log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     for batch_size in (16, 21, 32):
-        measured = train.validate(model, samples, batch_size, (0, batch_size))
+        measured = learner.validate(model, samples, batch_size, (0, batch_size))
         assert measured['val_top5'] == pytest.approx((place < 5).mean(), abs=1e-6)
         assert measured['val_loss'] == pytest.approx(-log_probabilities[np.arange(21), samples.labels].mean(), rel=1e-4)
         assert measured['val_macro_recall'] == pytest.approx(recall, abs=1e-6)
