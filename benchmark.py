@@ -307,33 +307,30 @@ def measure_preparation(side: int, repeats: int) -> list[dict]:
     )
     rows = []
     for what, pictures, kind in cases:
-        files = [_encoded(picture, kind) for picture in pictures]
         times = max(1, 40 // len(pictures)) if kind == 'PNG' else 1
         count = times * len(pictures)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, str(number)) for number in range(len(pictures))]
+            for file, picture in zip(files, pictures, strict=True):
+                Image.fromarray(picture).save(file, kind)
 
-        def decode(files=files):
-            for file in files:
-                Image.open(io.BytesIO(file)).load()
+            def decode(files=files):
+                for file in files:
+                    Image.open(file).load()
 
-        def prepare(pictures=pictures):
-            for picture in pictures:
-                network_input(picture)
+            def prepare(pictures=pictures):
+                for picture in pictures:
+                    network_input(picture)
 
-        def read(files=files):
-            for file in files:
-                network_input(open_image(io.BytesIO(file), reduced=True))
+            def read(files=files):
+                for file in files:
+                    network_input(open_image(file, reduced=True))
 
-        tasks = (often(task, times) for task in (decode, prepare, read))
-        decoding, preparing, reading = medians(repeats, *tasks, clock=time.process_time)
+            tasks = (often(task, times) for task in (decode, prepare, read))
+            decoding, preparing, reading = medians(repeats, *tasks, clock=time.process_time)
         for name, seconds in (('from its pixels', preparing), ('from its file', reading)):
             rows.append({'what': f'{what}, {name}', 'ms': 1e3 * seconds / count, 'limit': 1e3 * decoding / count})
     return rows
-
-
-def _encoded(picture: np.ndarray, kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, kind)
-    return file.getvalue()
 
 
 def measure_folder(model: str, files: int, repeats: int) -> dict:

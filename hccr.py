@@ -145,7 +145,8 @@ class HCCR:
         Raises:
             ValueError: If an argument is none of the above.
         """
-        self._check_count(num_predictions)
+        if not 1 <= num_predictions <= len(self.labels):
+            raise ValueError(f'num_predictions is 1 to {len(self.labels)}, received {num_predictions}')
         data = self._checked(data)
         probabilities, maps = self._run(data, with_maps=plot_cam)
         best = _best(probabilities, num_predictions)
@@ -196,7 +197,8 @@ class HCCR:
         Args:
             paths: Image files, or one; `data_utils.find_images` finds them in folders. A picture that is open already,
                 as `data_utils.open_image` returns it, is read as its file would be; its reading has an empty path.
-            num_predictions: How many candidates for each image, 1 to the number of classes. Defaults to `5`.
+            num_predictions: How many candidates for each image, 1 or more; a network of fewer classes gives them all.
+                Defaults to `5`.
             with_images: Whether readings carry the picture, the network input and the activation map. Defaults to
                 `False`.
 
@@ -207,7 +209,8 @@ class HCCR:
             ValueError: At once if `num_predictions` is none of the above; while reading, if a picture that is open is
                 not of uint8 or has another shape.
         """
-        self._check_count(num_predictions)
+        if num_predictions < 1:
+            raise ValueError(f'num_predictions is 1 or more, received {num_predictions}')
         one = isinstance(paths, str | os.PathLike | np.ndarray)
         return self._read([paths] if one else paths, num_predictions, with_images)
 
@@ -273,10 +276,6 @@ class HCCR:
                 row += 1
             readings.append(reading)
         return readings
-
-    def _check_count(self, num_predictions: int) -> None:
-        if not 1 <= num_predictions <= len(self.labels):
-            raise ValueError(f'num_predictions is 1 to {len(self.labels)}, received {num_predictions}')
 
     def _checked(self, inputs) -> np.ndarray:
         inputs = np.asarray(inputs)

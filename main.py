@@ -368,7 +368,6 @@ def answer(recogniser, paths: list[Path], count: int, format: str, plotter: Plot
     from data_utils import expect_large_pictures
 
     expect_large_pictures()
-    count = min(count, len(recogniser.labels))  # a network of one's own may know fewer
     failed = []
     writer, progress = Writer(format, with_names=len(paths) > 1), Progress(len(paths))
     for reading in recogniser.read(paths, count, plotter.wants_images):
