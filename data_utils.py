@@ -919,18 +919,19 @@ def _whitened_writing(image: np.ndarray) -> tuple[np.ndarray, float]:
         uint8 array of shape `(height, width)`, as `whiten` returns it, with sides of at most `_INK_SIDE`; and how many
         pixels of the picture one of its pixels stands for.
     """
-    sheet = _sheet(_reduced(image, _INK_SIDE)) if max(image.shape[:2]) >= _PHOTO else None
+    page = _reduced(image, _INK_SIDE)
+    sheet = _sheet(page) if max(image.shape[:2]) >= _PHOTO else None
     if sheet is not None:
         with contextlib.suppress(NoInkError):  # an empty sheet is none: a box was drawn around the edge of the picture
-            return _looked_closer(_without_desk(image, sheet))
-    return _looked_closer(image)
+            alone = _without_desk(image, sheet)
+            return _looked_closer(alone, _reduced(alone, _INK_SIDE))
+    return _looked_closer(image, page)
 
 
-def _looked_closer(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Whiten a page, see `_whitened_writing`."""
+def _looked_closer(image: np.ndarray, page: np.ndarray) -> tuple[np.ndarray, float]:
+    """Whiten a picture whose reduced copy is given, see `_whitened_writing`."""
     is_cut = False
     while True:
-        page = _reduced(image, _INK_SIDE)
         white = whiten(to_gray(page))
         if page is image:
             return white, 1.0
@@ -946,6 +947,7 @@ def _looked_closer(image: np.ndarray) -> tuple[np.ndarray, float]:
             max(0, int(top * vertical - margin)) : int(bottom * vertical + margin) + 1,
             max(0, int(left * horizontal - margin)) : int(right * horizontal + margin) + 1,
         ]
+        page = _reduced(image, _INK_SIDE)
         is_cut = True
 
 
