@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Package, as it is imported → the file by which it is installed.
 REQUIREMENTS = {
@@ -40,6 +41,19 @@ def whole_number(text: str, most: int = 10**9) -> int:
     if not 1 <= number <= most:
         raise argparse.ArgumentTypeError(f'a whole number from 1 to {most:,} is expected, received {text!r}')
     return number
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that an option of the command line names, with those above it, unless it is there.
+
+    Raises:
+        NotADirectoryError: If it is a file, or lies in one; the text names the option.
+        OSError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f'{folder}: this is a file, or lies in one; {option} takes a folder') from error
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from command_line import message, quiet_libraries, whole_number
+from command_line import make_folder, message, quiet_libraries, whole_number
 from data_utils import (
     LABEL_INDEX,
     LABELS,
@@ -634,7 +634,7 @@ def evaluate(options: argparse.Namespace) -> None:
     labels = recogniser.labels
     if target and recogniser.model is None:
         raise DataError(f'{options.model}: only .h5 files are saved with another temperature; export that again')
-    _make_folder(out)
+    make_folder(out, '--out')  # before anything is measured for nothing
 
     def chunks() -> Iterator[Samples]:
         count = 0
@@ -670,14 +670,6 @@ def evaluate(options: argparse.Namespace) -> None:
 
         save_model(recogniser.model, target, labels, recogniser.temperature, recogniser.info.note, options.half)
         print(f'saved with this temperature: {printable(target)}')
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder of --out before anything is measured for nothing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f'{folder}: this is a file, or lies in one; --out takes a folder') from error
 
 
 def measure_on_papers(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import message, whole_number
+from command_line import make_folder, message, whole_number
 from data_utils import LABEL_INDEX, LABELS, crop_to_ink, fit, printable, written_aside
 
 POINTS = 16  # points a stroke is resampled to: enough for 乃's four corners, and the arrays stay small
@@ -1062,10 +1062,7 @@ def sample_batch(
 
 def download(folder: Path) -> int:
     """Fetch the archives of `PACKAGES` that `folder` lacks, with npm, pip and apt-get. Returns how many are missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise MaterialError(f'{folder}: this is a file, or lies in one; --download takes a folder') from error
+    make_folder(folder, '--download')
     missing = 0
     for package in PACKAGES:
         if package.find(folder):

@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from command_line import message, quiet_libraries
+from command_line import make_folder, message, quiet_libraries
 
 # Nothing heavy up here: TensorFlow takes seconds to import, and loads while the user answers.
 
@@ -331,15 +331,13 @@ def other_pictures(folder: Path, paths: list[Path]) -> list[Path]:
     """Make the folder of the figures; return the images without the figures of earlier runs that lie there.
 
     Raises:
+        OSError: If it cannot be made.
         ValueError: If other images lie there: figures would be among them, and be taken for images in the next run.
     """
     import figures
     from data_utils import printable
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f'{folder}: this is a file; --plot takes a folder for the figures') from error
+    make_folder(folder, '--plot')
     where = folder.resolve()
     here = {parent for parent in {path.parent for path in paths} if parent.resolve() == where}
     others = [path for path in paths if path.parent not in here or not figures.is_figure(path)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import command_line
-from command_line import message, quiet_libraries, whole_number
+from command_line import make_folder, message, quiet_libraries, whole_number
 
 ROOT = Path(command_line.__file__).parent
 
@@ -77,3 +77,14 @@ def test_import_needs_the_standard_library_alone():
     code = 'import sys, command_line; print([m for m in ("numpy", "PIL", "keras") if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+def test_a_folder_is_made_and_a_file_is_not_taken_for_one(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / 'a' / 'b', '--out')
+    assert (tmp_path / 'a' / 'b').is_dir()
+    (tmp_path / 'file').write_text('kept')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'b'):
+        with pytest.raises(NotADirectoryError, match='--out takes a folder'):
+            make_folder(path, '--out')
+    assert (tmp_path / 'file').read_text() == 'kept'
