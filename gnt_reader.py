@@ -189,7 +189,7 @@ def tag_character(tag_code: int) -> str | None:
         One character (GB18030, of which GB2312 and GBK are parts; or ASCII, for a low byte of 0), or `None` where the
         code stands for no character or a private one.
     """
-    return _decode_tag(tag_code.to_bytes(2, 'big'))[1]
+    return _TAGS[tag_code.to_bytes(2, 'big')][1]
 
 
 def character_tag(character: str) -> int:
@@ -202,22 +202,29 @@ def character_tag(character: str) -> int:
         tag = character.encode('gb18030').ljust(2, b'\0')
     except UnicodeEncodeError:
         tag = b''
-    if len(tag) != 2 or _decode_tag(tag)[1] != character:
+    if len(tag) != 2 or _TAGS[tag][1] != character:
         raise ValueError(f'no GNT tag code stands for {character!r}')
     return int.from_bytes(tag, 'big')
 
 
-# At most 65,536 entries; the lookup of a known tag then costs nothing beside reading its record.
-@functools.cache
-def _decode_tag(tag: bytes) -> tuple[int, str | None, bool]:
-    """Returns tag code, character and whether it is one of the 3755."""
-    try:
-        character = (tag[:1] if tag[1] == 0 else tag).decode('gb18030')
-    except UnicodeDecodeError:
-        character = ''
-    # Co: private use, where gb18030 puts codes that no standard defines; Cc: control codes; Cn: not assigned.
-    known = len(character) == 1 and unicodedata.category(character) not in ('Co', 'Cc', 'Cn')
-    return int.from_bytes(tag, 'big'), character if known else None, character in LABEL_INDEX
+class _Tags(dict[bytes, tuple[int, str | None, bool]]):
+    """Tag bytes → tag code, character, and whether it is one of the 3755; each is decoded when it is first asked for.
+
+    At most 65,536 entries, and half the cost of a cached function, which is paid for every record.
+    """
+
+    def __missing__(self, tag: bytes) -> tuple[int, str | None, bool]:
+        try:
+            character = (tag[:1] if tag[1] == 0 else tag).decode('gb18030')
+        except UnicodeDecodeError:
+            character = ''
+        # Co: private use, where gb18030 puts codes that no standard defines; Cc: control codes; Cn: not assigned.
+        known = len(character) == 1 and unicodedata.category(character) not in ('Co', 'Cc', 'Cn')
+        self[tag] = int.from_bytes(tag, 'big'), character if known else None, character in LABEL_INDEX
+        return self[tag]
+
+
+_TAGS = _Tags()
 
 
 @functools.cache
@@ -438,16 +445,17 @@ def _resolve(
 
 
 def _records(members: Iterable[GntMember], level1_only: bool, report: ErrorHandler) -> Iterator[GntRecord]:
-    begin, gray = HEADER.size, np.dtype(np.uint8)
+    begin, gray, array, new = HEADER.size, np.dtype(np.uint8), np.ndarray, tuple.__new__
     for member in members:
         for window, start, offset, tag, width, height in _walk(member, report):
-            tag_code, character, is_level1 = _decode_tag(tag)
+            tag_code, character, is_level1 = _TAGS[tag]
             if is_level1 or not level1_only:
                 # Cut out, as the window is about to be filled anew. A slice of a bytearray is the cheapest copy there
                 # is, and one that may be written to.
                 first = start + begin
                 pixels = window[first : first + width * height]
-                yield GntRecord(character, tag_code, np.ndarray((height, width), gray, pixels), offset)
+                # Not by calling the class, which does the same through one more call.
+                yield new(GntRecord, (character, tag_code, array((height, width), gray, pixels), offset))
 
 
 def _problem(size: int, width: int, height: int, left: int) -> str:
@@ -477,8 +485,8 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[bytearray, 
             report(GntError(_why(error), member))
             return
         unpack = HEADER.unpack_from
-        header, member_size, largest = HEADER.size, member.size, HEADER.size + MAX_PIXELS
-        window = bytearray(min(_WINDOW, member_size + 1))
+        header, largest = HEADER.size, HEADER.size + MAX_PIXELS
+        window = bytearray(min(_WINDOW, member.size + 1))
         start = end = offset = 0
         number = 1
         while True:
@@ -490,24 +498,25 @@ def _walk(member: GntMember, report: ErrorHandler) -> Iterator[tuple[bytearray, 
                         report(_cut_short(member, number, offset, window[:end], failure))
                     return
             size, tag, width, height = unpack(window, start)
-            # Nearly all are sound, which this tells without a call.
-            is_sound = size == header + width * height and header < size <= member_size - offset and size <= largest
-            if not is_sound and (problem := _problem(size, width, height, member_size - offset)):
-                if number == 1:
-                    _report_foreign(member, window[:end], problem, report)
-                else:
-                    report(GntError(problem, member, number, offset, _FETCH_AGAIN))
-                window, start, end, size = _resynchronise(stream, window, start, end, member.size - offset)
-                if not size:
-                    return
-            else:
+            # Nearly all are sound and in the window, which this tells without a call.
+            if not (size == header + width * height and header < size <= end - start and size <= largest):
+                if problem := _problem(size, width, height, member.size - offset):
+                    if number == 1:
+                        _report_foreign(member, window[:end], problem, report)
+                    else:
+                        report(GntError(problem, member, number, offset, _FETCH_AGAIN))
+                    window, start, end, size = _resynchronise(stream, window, start, end, member.size - offset)
+                    if not size:
+                        return
+                    start, offset, number = start + size, offset + size, number + 1
+                    continue
                 if end - start < size:
                     window, end, failure = _refill(stream, window, start, end, size)
                     start = 0
                     if end < size:
                         report(_cut_short(member, number, offset, window[:end], failure))
                         return
-                yield window, start, offset, tag, width, height
+            yield window, start, offset, tag, width, height
             start += size
             offset += size
             number += 1
@@ -714,7 +723,7 @@ def _index_member(member: GntMember, level1_only: bool, report: ErrorHandler) ->
     columns = [array.array(code) for code in 'qHHH']
     add_offset, add_width, add_height, add_tag = (column.append for column in columns)
     for _, _, offset, tag, width, height in _walk(member, report):
-        tag_code, _, is_level1 = _decode_tag(tag)
+        tag_code, _, is_level1 = _TAGS[tag]
         if is_level1 or not level1_only:
             add_offset(offset)
             add_width(width)
