@@ -345,7 +345,7 @@ def _opened_reduced(path: str | os.PathLike) -> np.ndarray:
     if divisor == 1:
         return picture
     try:
-        white, scale = _whitened_writing(picture)
+        white, scale = _whitened_writing(_without_channels(picture))
         side = divisor * scale * max(crop_to_ink(white).shape)
     except NoInkError:
         side = 0  # there may be some, very small
@@ -369,13 +369,25 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith('I') or image.mode == 'F':
-        return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
+        return _as_rgb(_eight_bits(np.asarray(image)))
     if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
         image = image.convert('RGBA')
         page = Image.new('RGB', image.size, 'white')
         page.paste(image, mask=image.getchannel('A'))
         image = page
+    if image.mode in ('L', '1'):
+        return _as_rgb(np.asarray(image.convert('L')))
     return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+
+
+def _as_rgb(gray: np.ndarray) -> np.ndarray:
+    """Return a gray image as a view with three channels, which takes neither memory nor time."""
+    return np.broadcast_to(gray[..., None], (*gray.shape, 3))
+
+
+def _without_channels(image: np.ndarray) -> np.ndarray:
+    """Return the gray image that `_as_rgb` made a picture of; other pictures as they are."""
+    return image if image.ndim == 2 or image.strides[2] else image[..., 0]
 
 
 def thumbnail(image: np.ndarray, side: int) -> np.ndarray:
@@ -904,6 +916,7 @@ def network_input(image: np.ndarray, crop: bool = True, size: int = 96) -> np.nd
         raise ValueError(f'a picture is a uint8 array (height, width[, 3]), received {image.dtype} {image.shape}')
     if not image.size:
         raise NoInkError('the image is empty')
+    image = _without_channels(image)
     if not crop:
         return fit(_whiten_by_otsu(_luma(image)), size)
     return fit(crop_to_ink(_whitened_writing(image)[0]), size)

@@ -8,10 +8,12 @@ Everything that recognises goes through `HCCR`: the dialogue, the command line a
         print(reading.path, reading.candidates)
 """
 
+import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +26,16 @@ from model_file import TEMPERATURES, ModelFileError, ModelInfo, default_model
 
 # Neither Keras nor LiteRT up here: which of them is needed, and whether it is there, the model decides.
 
-# Decoding goes on this many images ahead of the network, which also bounds the memory.
+# Decoding goes on this many images ahead of the network, which also bounds the memory; a thread takes up to this many
+# at a time, since handing over costs as well.
 _AHEAD = 2 * BATCH_SIZES[-1]
+_AT_A_TIME = 8
+
+# Seconds for which a file is waited for before another thread helps: several scans take less, a photo more.
+_PATIENCE = 0.05
+
+# So many candidates are found sooner one by one than by sorting all classes.
+_FEW = 100
 
 # Pictures are kept for figures at this size at most.
 _THUMBNAIL = 512
@@ -248,16 +258,36 @@ class HCCR:
             except MemoryError:
                 return Reading(path, error='too large for the memory that is free: crop or scale it first')
 
+        # One thread prepares small scans faster than two, which take turns in Python's lock; photos, whose decoding
+        # leaves it, are what more threads are for. So another may work where one has been waited for.
+        threads = min(8, usable_cores())
+        permits, kept_back = threading.Semaphore(1), threads - 1
+        stopped = threading.Event()
+
+        def prepare_all(several):
+            with permits:
+                return [prepare(one) for one in several if not stopped.is_set()]
+
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(min(8, usable_cores()), thread_name_prefix='decoding') as pool:
+
+        def first() -> list[Reading]:
+            nonlocal kept_back
+            future = waiting.popleft()
+            if kept_back and not wait([future], _PATIENCE).done:
+                permits.release()
+                kept_back -= 1
+            return future.result()
+
+        with ThreadPoolExecutor(threads, thread_name_prefix='decoding') as pool:
             try:
-                for path in paths:
-                    waiting.append(pool.submit(prepare, path))
-                    if len(waiting) >= _AHEAD:
-                        yield waiting.popleft().result()
+                for several in _chunks(paths):
+                    waiting.append(pool.submit(prepare_all, several))
+                    if len(waiting) >= _AHEAD // _AT_A_TIME:
+                        yield from first()
                 while waiting:
-                    yield waiting.popleft().result()
+                    yield from first()
             finally:
+                stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _readings(self, batch, num_predictions, with_images) -> list[Reading]:
@@ -338,12 +368,24 @@ def response_line(candidate: Candidate) -> str:
     return f"Dear User, I am {candidate.probability * 100:.3f} % sure it's     {candidate.character}"
 
 
+def _chunks(items: Iterable) -> Iterator[list]:
+    """Give items in lists of 1, 1, 2, 4 and then 8: the first answer waits for one image only."""
+    items, size = iter(items), 0
+    while chunk := list(itertools.islice(items, max(1, size))):
+        yield chunk
+        size = min(_AT_A_TIME, max(1, 2 * size))
+
+
 def _best(probabilities: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices `(images, count)` of the largest probabilities, best first."""
-    count = min(count, probabilities.shape[1])
-    best = np.argpartition(-probabilities, count - 1, axis=1)[:, :count]
-    order = np.take_along_axis(probabilities, best, axis=1).argsort(axis=1, kind='stable')[:, ::-1]
-    return np.take_along_axis(best, order, axis=1)
+    """Return the indices `(images, count)` of the largest probabilities, best first; of equals the first."""
+    if count > _FEW:
+        return np.argsort(-probabilities, axis=1, kind='stable')[:, :count]
+    left = probabilities.copy()
+    rows, best = np.arange(len(left)), np.empty((len(left), min(count, left.shape[1])), np.intp)
+    for column in best.T:
+        column[:] = left.argmax(axis=1)
+        left[rows, column] = -1
+    return best
 
 
 def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -711,6 +711,19 @@ def test_arguments_are_not_changed(character):
     assert np.array_equal(page, before)
 
 
+@pytest.mark.parametrize('mode', ['L', '1', 'I;16'])
+def test_gray_files_cost_no_channels(tmp_path, mode):
+    page = np.full((300, 260), 255, np.uint8)
+    page[100:200, 120:140] = 0
+    Image.fromarray(page).convert('I' if mode == 'I;16' else mode).convert(mode).save(tmp_path / 'page.png')
+    picture = open_image(tmp_path / 'page.png')
+    assert picture.shape == (300, 260, 3)
+    assert picture.strides[2] == 0
+    assert np.array_equal(picture[..., 1], page)
+    for crop in (True, False):
+        assert np.array_equal(network_input(picture, crop), network_input(np.ascontiguousarray(picture), crop))
+
+
 def test_to_gray_is_the_luma_where_colour_says_nothing(character):
     rgb = np.repeat(character[..., None], 3, axis=2)
     assert np.array_equal(to_gray(rgb), character)

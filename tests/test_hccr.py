@@ -1,4 +1,6 @@
+import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -257,3 +259,52 @@ def test_the_default_is_what_can_be_run(monkeypatch, backend, installed, expecte
         monkeypatch.setenv('KERAS_BACKEND', backend)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: name if name == installed else None)
     assert default_model() == expected
+
+
+def test_a_second_thread_helps_where_one_is_waited_for(monkeypatch):
+    threads = set()
+
+    def slow(*_):
+        threads.add(threading.current_thread())
+        time.sleep(0.02 + hccr._PATIENCE)
+        return np.zeros((96, 96), np.uint8)
+
+    monkeypatch.setattr(hccr, 'network_input', slow)
+    monkeypatch.setattr(hccr, 'usable_cores', lambda: 3)
+    assert len(list(HCCR(Counting(), SMALL_LABELS).read([draw_character()] * 24))) == 24
+    assert len(threads) == 3
+
+
+def test_one_thread_is_enough_where_nothing_is_waited_for(monkeypatch):
+    at_once, most = [], []
+
+    def prepare(*_):
+        at_once.append(0)
+        most.append(len(at_once))
+        at_once.pop()
+        return np.zeros((96, 96), np.uint8)
+
+    monkeypatch.setattr(hccr, 'network_input', prepare)
+    monkeypatch.setattr(hccr, 'usable_cores', lambda: 8)
+    monkeypatch.setattr(hccr, '_PATIENCE', 30)
+    assert len(list(HCCR(Counting(), SMALL_LABELS).read([draw_character()] * 500))) == 500
+    assert max(most) == 1
+
+
+def test_closing_leaves_the_files_that_are_left(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(hccr, 'network_input', lambda *_: prepared.append(0) or np.zeros((96, 96), np.uint8))
+    readings = HCCR(Counting(), SMALL_LABELS).read(itertools.repeat(draw_character()))
+    next(readings)
+    readings.close()
+    count = len(prepared)
+    time.sleep(0.2)
+    assert len(prepared) == count <= hccr._AHEAD + hccr._AT_A_TIME
+
+
+@pytest.mark.parametrize('count', [1, 5, 100, 101, 400])
+def test_candidates_are_the_best_in_order(count):
+    probabilities = np.random.default_rng(count).random((7, 300), np.float32)
+    probabilities[:, 200:210] = probabilities[:, 10:20]  # equals
+    best = hccr._best(probabilities, count)
+    assert np.array_equal(best, np.argsort(-probabilities, axis=1, kind='stable')[:, :count])
