@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from data_utils import code_point, printable, whiten, written_aside
+from command_line import message
+from data_utils import code_point, whiten, written_aside
 from figures import CJK_FONTS
 from main import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Loading, leave, move_stderr
 
@@ -740,7 +741,7 @@ class Pad:
             path = save_drawing(self._rendered, self._folder, self.reading.candidates[rank - 1].character)
             self._status.set(f'Saved {path}')
         except OSError as error:
-            self._status.set(f'Not saved: {error}')
+            self._status.set(f'Not saved: {message(error)}')
 
     def _fail(self, _, error: BaseException, __) -> None:
         """Leave the window with an error from one of its callbacks, which tkinter would only print."""
@@ -775,8 +776,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def _side(text: str) -> int:
     if not text.isdecimal() or not _MIN_SIDE <= int(text) <= _MAX_SIDE:
-        message = f'a whole number from {_MIN_SIDE} to {_MAX_SIDE} is needed, received {text!r}'
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f'a whole number from {_MIN_SIDE} to {_MAX_SIDE} is needed, received {text!r}')
     return int(text)
 
 
@@ -792,7 +792,7 @@ def main(arguments: list[str] | None = None) -> int:
         print('\nInterrupted.', file=sys.stderr)
         status = EXIT_INTERRUPTED
     except (NoWindowError, OSError, ValueError) as error:
-        print(f'draw.py: {printable(error)}', file=sys.stderr)
+        print(f'draw.py: {message(error)}', file=sys.stderr)
         status = EXIT_ERROR
     return leave(status, loading) if loading else status
 
