@@ -79,7 +79,7 @@ def has_fixed_ranges(model) -> bool:
     """Whether a network in 8 bits has ranges of its activations that are fixed when it is exported.
 
     That is fastest, and nothing is lost where only ReLU and pooling stand between the convolutions. MobileNetV3, with
-    h-swish and squeeze-and-excitation, lost 0.5 to 4.7 points in this way, depending on the images that showed the
+    h-swish and squeeze-and-excitation, lost up to several points in this way, depending on the images that showed the
     ranges, and was slower than in float32: there LiteRT takes the range of each image as it comes.
 
     Args:
