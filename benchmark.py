@@ -118,6 +118,11 @@ class BenchmarkError(RuntimeError):
 # --- Taking turns ----------------------------------------------------------------------------------------------------
 
 
+# Seconds between two measurements: the threads of a matrix product keep their cores for a while after it, waiting for
+# the next, which made a small network look up to ten times slower.
+_REST = 0.1
+
+
 def medians(repeats: int, *tasks: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Measure tasks in turn.
 
@@ -135,6 +140,7 @@ def medians(repeats: int, *tasks: Callable[[], object], clock: Callable[[], floa
     seconds: list[list[float]] = [[] for _ in tasks]
     for _ in range(repeats):
         for task, taken in zip(tasks, seconds, strict=True):
+            time.sleep(_REST)
             start = clock()
             task()
             taken.append(clock() - start)

@@ -207,6 +207,15 @@ def test_answers_come_in_order_whatever_the_threads(small_tflite, inputs, thread
     assert np.allclose(together.logits, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize(('name', 'expected'), [('melnyk_net.tflite', 3), ('mobilenet_v3.tflite', 1)])
+def test_one_image_of_a_small_network_is_not_spread_over_cores(monkeypatch, name, expected):
+    pytest.importorskip('ai_edge_litert')
+    threads = []
+    monkeypatch.setattr(inference, '_Worker', lambda path, content, info, count: threads.append(count))
+    LiteRtRuntime(Path(inference.__file__).with_name(name), 3)
+    assert threads == [expected]
+
+
 @pytest.mark.parametrize('threads', [1, 2])
 def test_one_runtime_serves_several_threads(small_tflite, inputs, threads):
     runtime = LiteRtRuntime(small_tflite, threads)
