@@ -119,7 +119,7 @@ class BenchmarkError(RuntimeError):
 
 
 # Seconds between two measurements: the threads of a matrix product keep their cores for a while after it, waiting for
-# the next, which made a small network look up to ten times slower.
+# the next, which made a small network look many times slower.
 _REST = 0.1
 
 

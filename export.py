@@ -22,7 +22,7 @@ import numpy as np
 
 from command_line import message, quiet_libraries
 from data_utils import printable, written_aside
-from inference import Outputs, inference_network, operation_inputs
+from inference import Outputs, has_depthwise_convolutions, inference_network, operation_inputs
 from model_file import ModelInfo, describe
 
 FORMATS = ('.tflite', '.onnx')
@@ -85,9 +85,7 @@ def has_fixed_ranges(model) -> bool:
     Args:
         model: A Keras network of this project.
     """
-    from keras import layers
-
-    return not any(isinstance(layer, layers.DepthwiseConv2D) for layer in model.layers)
+    return not has_depthwise_convolutions(model)
 
 
 def equalise(network, images: np.ndarray, share: float = EQUALISATION) -> None:

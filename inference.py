@@ -237,12 +237,18 @@ def _compiled(network):
     return tf.function(lambda batch: network(batch, training=False), input_signature=signature, autograph=False)
 
 
-def _best_precision(model) -> str:
-    import keras
+def has_depthwise_convolutions(model) -> bool:
+    """Whether a Keras network is one of MobileNet's kind, which low precision serves otherwise than a plain one."""
     from keras import layers
 
+    return any(isinstance(layer, layers.DepthwiseConv2D) for layer in model.layers)
+
+
+def _best_precision(model) -> str:
+    import keras
+
     # Processors have no fast depthwise convolution in bfloat16.
-    plain = not any(isinstance(layer, layers.DepthwiseConv2D) for layer in model.layers)
+    plain = not has_depthwise_convolutions(model)
     if plain and keras.backend.backend() == 'tensorflow' and multiplies_bfloat16():
         import tensorflow as tf
 
